@@ -1,0 +1,98 @@
+"""The two small fixed-size records that server and workers exchange beside the model."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar, TypeVar
+
+
+class ReportKind(enum.IntEnum):
+    """What a worker tells the server."""
+
+    JOIN = 1
+    COMMIT = 2
+    PROGRESS = 3
+    LEAVE = 4
+
+
+class OrderKind(enum.IntEnum):
+    """What the server tells a worker."""
+
+    TRAIN = 1
+    STOP = 2
+
+
+Self = TypeVar("Self", bound="_Record")
+
+
+@dataclass
+class _Record:
+    """A dataclass of int and float fields that packs into a fixed number of bytes."""
+
+    layout: ClassVar[struct.Struct]
+
+    def __init_subclass__(cls) -> None:
+        codes = ("d" if kind == "float" else "q" for kind in cls.__annotations__.values())
+        cls.layout = struct.Struct("<" + "".join(codes))
+
+    def pack(self) -> bytearray:
+        return bytearray(self.layout.pack(*astuple(self)))
+
+    @classmethod
+    def unpack(cls: type[Self], data: bytes | bytearray) -> Self:
+        values = cls.layout.unpack(data)
+        return cls(**{field.name: value for field, value in zip(fields(cls), values, strict=True)})
+
+
+@dataclass
+class Report(_Record):
+    """From a worker: what its round did and where its time went since the last report.
+
+    `loss` is the sum over samples, `correct` the number classified right while training.
+    Seconds are wall-clock; `train_seconds` holds the local steps, `data_seconds` the part of
+    a round in which the steps waited for images.
+    """
+
+    kind: int
+    small: int = 0
+    index: int = 0
+    samples: int = 0
+    steps: int = 0
+    correct: int = 0
+    loss: float = 0.0
+    train_seconds: float = 0.0
+    data_seconds: float = 0.0
+    rebuild_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    communicate_seconds: float = 0.0
+
+
+@dataclass
+class Order(_Record):
+    """From the server: the next round, or the end.
+
+    `begin` and `end` are positions in the epoch's permutation, `commits` the global commit
+    count of the model that comes with the order, `worker_commits` the worker's own.
+    `weight` is the factor by which the worker scales its model in a reduction (BSP).
+    """
+
+    kind: int
+    small: int = 0
+    index: int = 0
+    epoch: int = 0
+    part: int = 0
+    slot: int = 0
+    begin: int = 0
+    end: int = 0
+    stage: int = 0
+    resolution: int = 0
+    batch: int = 0
+    commits: int = 0
+    worker_commits: int = 0
+    learning_rate: float = 0.0
+    dropout: float = 0.0
+    predicted_seconds: float = 0.0
+    weight: float = 0.0

@@ -1,0 +1,310 @@
+"""A run's settings: TOML file or preset, with ``--set`` overrides, as validated objects."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_hdb.errors import UserError
+from hpc_hdb.plan import BatchTime, Stage, cut_stages
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the images come from."""
+
+    source: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"] = "digits"
+    path: Path = Path("data")
+    """An image folder with train/ and val/ or test/; for the other sources, where they are kept."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Processes (torch) or threads (DALI) that decode beside the rank; 0 decodes in the rank."""
+    synthetic_classes: Positive = 10
+    synthetic_samples: Positive = 2000
+    synthetic_side: Positive = 32
+
+
+class Model(Section):
+    """What is trained."""
+
+    name: str = "resnet18"
+    """A torchvision model, "resnet8" or "resnet20", or "package.module:function" of your own."""
+    stem: Literal["small", "imagenet"] = "small"
+    """"small" gives a torchvision ResNet a 3x3 first convolution and no max-pool."""
+
+
+class Plan(Section):
+    """The dual-batch plan."""
+
+    workers: Positive = 4
+    """Workers to plan for or to simulate; under a launcher the number of ranks less one counts."""
+    small_workers: Annotated[int, Field(ge=0)] = 1
+    time_ratio: Annotated[float, Field(ge=1)] = 1.05
+    """k: permitted epoch time relative to large batches alone."""
+    timing: Path | Literal["profile"] | dict[str, tuple[float, float]] = "profile"
+    """A timing.json, "profile" to measure at the start, or {resolution = [a, c]} in seconds."""
+
+
+class Schedule(Section):
+    """Epochs, learning rate, and the resolutions that cycle within each of its stages."""
+
+    epochs: Positive = 10
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    milestones: list[Positive] = []
+    factor: Annotated[float, Field(gt=0)] = 0.1
+    resolutions: list[Annotated[int, Field(ge=4)]] = [32]
+    dropout: list[Probability] = [0.0]
+    large_batch: list[Positive] = []
+    """B_L of each resolution; empty takes the largest that 'hdb profile' found."""
+    cyclic: bool = True
+    """False trains at the highest resolution alone."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of training; raises UserError where they cannot be cut."""
+        return cut_stages(
+            self.epochs,
+            self.learning_rate,
+            self.milestones,
+            self.factor,
+            self.resolutions,
+            self.dropout,
+            self.large_batch,
+            self.cyclic,
+        )
+
+
+class Server(Section):
+    """How commits are merged."""
+
+    sync: Literal["asp", "bsp", "ssp"] = "asp"
+    merge: Literal["weighted", "compsac"] = "weighted"
+    """ASP and SSP: (w + f*w_i)/(1 + f), or the COMPSAC paper's ((2 - f)*w + f*w_i)/2."""
+    staleness: Annotated[int, Field(ge=0)] = 1
+    """SSP: commits that a worker may be ahead of the slowest."""
+    commits_per_epoch: Positive = 1
+    """Commits of each worker in an epoch."""
+
+
+class Train(Section):
+    """The local steps."""
+
+    momentum: Probability = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    nesterov: bool = False
+    keep_momentum: bool = True
+    """Whether the optimizer's state outlives a round."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """"auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    flip: bool = True
+    rotation: Annotated[float, Field(ge=0, le=180)] = 18.0
+    """Degrees to either side."""
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Largest relative change of size, to either side."""
+
+
+class Run(Section):
+    """Where results go, and how often."""
+
+    output: Path | None = None
+    """The run folder; by default runs/NAME-DATE-TIME."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads per rank; 0 shares the node's cores (or takes OMP_NUM_THREADS)."""
+    checkpoint_every: Positive = 1
+    """Commits of one worker after which a checkpoint is written."""
+    evaluate_every: Positive = 1
+    """Epochs between evaluations of the merged model."""
+    evaluation_batch: Positive = 250
+
+
+class Settings(Section):
+    """Everything a run needs. Each key has a default; presets are files of these."""
+
+    data: Data = Data()
+    model: Model = Model()
+    plan: Plan = Plan()
+    schedule: Schedule = Schedule()
+    server: Server = Server()
+    train: Train = Train()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _stages_can_be_cut(self) -> Settings:
+        self.schedule.stages()
+        return self
+
+    def inline_timing(self) -> dict[int, BatchTime] | None:
+        """The time model where the configuration holds it, else None."""
+        if not isinstance(self.plan.timing, dict):
+            return None
+        try:
+            return {int(side): BatchTime(*line) for side, line in self.plan.timing.items()}
+        except ValueError:
+            raise UserError(
+                f"plan.timing: its keys are resolutions, not {', '.join(self.plan.timing)}"
+            ) from None
+
+    def to_toml(self) -> str:
+        """The settings as TOML, every key written out."""
+        lines = []
+        for section, values in self.model_dump(mode="json", exclude_none=True).items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("hpc_hdb") / "presets"
+    return sorted(path.name[:-5] for path in folder.iterdir() if path.name.endswith(".toml"))
+
+
+def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a configuration.
+
+    Parameters
+    ----------
+    config : str
+        Path of a TOML file, or the name of a preset.
+    overrides : sequence of str
+        ``section.key=value`` each; the value in TOML, or bare text for a string.
+
+    Raises
+    ------
+    UserError
+        If the file is missing or no TOML, or a key or value is wrong; the message names the
+        nearest right one.
+    """
+    text = _config_text(config)
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{config} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_settings(values, config)
+
+
+def parse_settings(values: dict[str, Any], name: str) -> Settings:
+    """Validate plain values; `name` is what an error calls them."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{name}: {_first_problem(error)}") from None
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings that a run folder holds."""
+    try:
+        return parse_settings(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _config_text(config: str) -> str:
+    path = Path(config)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8-sig")  # Windows editors write that mark
+        except FileNotFoundError:
+            raise UserError(f"no configuration file {config}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {config}: {error}") from None
+    presets = preset_names()
+    if config not in presets:
+        raise UserError(
+            f"'{config}' is neither a TOML file nor a preset{_nearest(config, presets)}"
+        )
+    return (resources.files("hpc_hdb") / "presets" / f"{config}.toml").read_text(encoding="utf-8")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and section and dot and name and text.strip()):
+        raise UserError(f"--set {override}: write section.key=value, such as run.seed=1")
+    try:
+        (value,) = tomllib.loads(f"value = {text}").values()
+    except ValueError:  # no TOML, or more than one value
+        value = text.strip()
+    table = values.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise UserError(f"--set {override}: [{section}] is not a table in this configuration")
+    table[name] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first validation error in the user's words."""
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"]]
+    key = ".".join(where[:2])
+    if problem["type"] == "extra_forbidden" and len(where) > 1:
+        return f"unknown setting '{key}'{_nearest_setting(*where[:2])}"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown section '{key}'{_nearest(key, list(Settings.model_fields))}"
+    if problem["type"] == "model_type":
+        return f"{key} is a section: write [{key}] with its settings below"
+    if key == "plan.timing":
+        return (
+            f'{key}: give a timing.json, "profile", or {{ resolution = [a, c] }} in seconds, '
+            f"not {problem['input']!r}"
+        )
+    if problem["type"] == "path_type":
+        return f"{key}: give a path in quotes, not {problem['input']}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{key}: there is no '{problem['input']}'{_nearest(problem['input'], choices)}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {message}, not {problem['input']!r}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """'; did you mean ...?', or the choices where nothing is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(known)}"
+
+
+def _nearest_setting(section: str, name: str) -> str:
+    """As `_nearest`, for a setting: of its own section first, then of the others."""
+    settings = {
+        key: list(type(field.default).model_fields) for key, field in Settings.model_fields.items()
+    }
+    for other in sorted(settings, key=lambda key: key != section):
+        if close := difflib.get_close_matches(name, settings[other], n=1):
+            return f"; did you mean '{other}.{close[0]}'?"
+    return f"; choose from {', '.join(f'{section}.{own}' for own in settings[section])}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return (
+            "{ " + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

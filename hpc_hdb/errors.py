@@ -1,0 +1,13 @@
+"""Errors that a user can mend: shown as one line, never as a traceback."""
+
+
+class UserError(Exception):
+    """Wrong input, missing data or an environment that lacks something.
+
+    The message says what is wrong and what to do. The command line prints it as one line
+    and every rank leaves with a non-zero exit status.
+    """
+
+
+class InfeasiblePlan(UserError):
+    """No dual-batch plan exists for these numbers; the message names the range that works."""

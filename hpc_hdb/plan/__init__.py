@@ -1,0 +1,23 @@
+"""The method as pure arithmetic: no torch, no MPI, no files."""
+
+from hpc_hdb.plan.batch_time import BatchTime, BatchTimeFit, fit_batch_time
+from hpc_hdb.plan.dual_batch import DualBatchPlan, Group, plan_dual_batch
+from hpc_hdb.plan.progressive import Stage, cut_stages, stage_index
+from hpc_hdb.plan.rounds import Round, RoundBook
+from hpc_hdb.plan.training import TrainingPlan, plan_training
+
+__all__ = [
+    "BatchTime",
+    "BatchTimeFit",
+    "DualBatchPlan",
+    "Group",
+    "Round",
+    "RoundBook",
+    "Stage",
+    "TrainingPlan",
+    "cut_stages",
+    "fit_batch_time",
+    "plan_dual_batch",
+    "plan_training",
+    "stage_index",
+]

@@ -1,0 +1,136 @@
+"""The plan of a whole run: one dual-batch plan for each stage of the progressive schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from hpc_hdb.errors import UserError
+from hpc_hdb.plan.batch_time import BatchTime
+from hpc_hdb.plan.dual_batch import DualBatchPlan, Group, plan_dual_batch
+from hpc_hdb.plan.progressive import Stage
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What every rank does in every stage.
+
+    Attributes
+    ----------
+    samples : int
+        ``D``, training images per epoch.
+    stages : tuple of Stage
+        With the small batch filled in.
+    plans : tuple of DualBatchPlan
+        One per stage. Shares and factor are the same in all of them.
+    timing : dict of int to BatchTime
+        The time model by resolution.
+    """
+
+    samples: int
+    stages: tuple[Stage, ...]
+    plans: tuple[DualBatchPlan, ...]
+    timing: dict[int, BatchTime]
+
+    @property
+    def shares(self) -> DualBatchPlan:
+        """A plan for what does not depend on the resolution: shares, sizes, factor."""
+        return self.plans[0]
+
+    def batch(self, stage: int, group: Group) -> int:
+        """Batch size of `group` in stage number `stage`, in images."""
+        return self.plans[stage].batch(group)
+
+    def predicted_seconds(self, start_epoch: float = 0.0) -> float:
+        """Predicted seconds of training from `start_epoch` to the end."""
+        return sum(
+            max(0.0, stage.end_epoch - max(stage.start_epoch, start_epoch)) * plan.epoch_seconds
+            for stage, plan in zip(self.stages, self.plans, strict=True)
+        )
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        shares = self.shares
+        return {
+            "samples": self.samples,
+            "workers": shares.workers,
+            "small_workers": shares.small_workers,
+            "large_share": shares.large_share,
+            "small_share": shares.small_share,
+            "update_factor": shares.update_factor,
+            "predicted_seconds": self.predicted_seconds(),
+            "stages": [
+                asdict(stage) | {"epoch_seconds": plan.epoch_seconds}
+                for stage, plan in zip(self.stages, self.plans, strict=True)
+            ],
+            "timing": {str(side): asdict(line) for side, line in self.timing.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict, time_ratio: float) -> TrainingPlan:
+        """The plan that `to_dict` wrote, solved again with the run's `time_ratio`."""
+        timing = {int(side): BatchTime(**line) for side, line in values["timing"].items()}
+        stages = [
+            Stage(**{key: value for key, value in stage.items() if key != "epoch_seconds"})
+            for stage in values["stages"]
+        ]
+        samples, workers, small = (values[k] for k in ("samples", "workers", "small_workers"))
+        return plan_training(stages, timing, samples, workers, small, time_ratio)
+
+
+def plan_training(
+    stages: Sequence[Stage],
+    timing: Mapping[int, BatchTime],
+    samples: int,
+    workers: int,
+    small_workers: int,
+    time_ratio: float,
+) -> TrainingPlan:
+    """Solve the dual-batch plan of every stage.
+
+    Parameters
+    ----------
+    stages : sequence of Stage
+        Each with its large batch.
+    timing : mapping of int to BatchTime
+        Measured ``a`` and ``c`` by resolution.
+    samples, workers, small_workers, time_ratio
+        As in `plan_dual_batch`.
+
+    Raises
+    ------
+    InfeasiblePlan
+        If a stage has no plan; the message names its resolution.
+    UserError
+        If a resolution has no timing or no large batch.
+    """
+    plans = []
+    for stage in stages:
+        if stage.resolution not in timing:
+            raise UserError(
+                f"no timing for resolution {stage.resolution} (there is one for "
+                f"{', '.join(map(str, sorted(timing))) or 'none'}): measure it with 'hdb profile'"
+            )
+        if stage.large_batch is None:
+            raise UserError(
+                f"no large batch for resolution {stage.resolution}: set schedule.large_batch, "
+                "or measure it with 'hdb profile'"
+            )
+        try:
+            plans.append(
+                plan_dual_batch(
+                    timing[stage.resolution],
+                    stage.large_batch,
+                    samples,
+                    workers,
+                    small_workers,
+                    time_ratio,
+                )
+            )
+        except UserError as error:
+            raise type(error)(f"resolution {stage.resolution}: {error}") from None
+    filled = tuple(
+        replace(stage, small_batch=plan.small_batch or None)
+        for stage, plan in zip(stages, plans, strict=True)
+    )
+    return TrainingPlan(samples, filled, tuple(plans), dict(timing))

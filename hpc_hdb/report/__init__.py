@@ -1,0 +1,1 @@
+"""What a user reads of a run: events, progress, summary, plots, the report."""

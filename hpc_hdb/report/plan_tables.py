@@ -1,0 +1,73 @@
+"""Tables of what is decided before a run: schedule, time model, a single dual-batch plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from hpc_hdb.plan import DualBatchPlan, Stage
+
+if TYPE_CHECKING:
+    from hpc_hdb.train.profile import Timing
+
+
+def schedule_table(stages: Sequence[Stage]) -> Table:
+    """The stages, whether or not the small batches are known yet."""
+    table = _table("epochs", "learning rate", "resolution", "dropout", "large batch", "small batch")
+    for stage in stages:
+        table.add_row(
+            f"{stage.start_epoch} to {stage.end_epoch}",
+            f"{stage.learning_rate:g}",
+            str(stage.resolution),
+            f"{stage.dropout:g}",
+            str(stage.large_batch or "-"),
+            str(stage.small_batch or "-"),
+        )
+    return table
+
+
+def timing_table(timings: Mapping[int, Timing]) -> Table:
+    """The fitted time model of each resolution, and how well it fits."""
+    table = _table(
+        "resolution", "ms per image (a)", "ms per batch (c)", "largest batch", "images/s",
+        "mean error", "worst error",
+    )  # fmt: skip
+    for resolution, timing in timings.items():
+        line = timing.fit.line
+        table.add_row(
+            str(resolution),
+            f"{line.seconds_per_image * 1e3:.4f}",
+            f"{line.overhead * 1e3:.3f}",
+            str(timing.large_batch),
+            f"{timing.large_batch / line.of_batch(timing.large_batch):.0f}",
+            f"{timing.fit.mean_error:.1%}",
+            f"{timing.fit.worst_error:.1%}",
+        )
+    return table
+
+
+def dual_batch_table(plan: DualBatchPlan) -> Table:
+    """One dual-batch plan."""
+    table = _table("group", "workers", "batch", "samples per epoch", "update factor")
+    table.add_row(
+        "large", str(plan.large_workers), str(plan.large_batch), str(plan.large_share), "1"
+    )
+    if plan.update_factor is not None:
+        table.add_row(
+            "small",
+            str(plan.small_workers),
+            str(plan.small_batch),
+            str(plan.small_share),
+            f"{plan.update_factor:.4f}",
+        )
+    table.caption = f"predicted epoch: {plan.epoch_seconds:.6g} s"
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

@@ -1,0 +1,140 @@
+"""What a user sees while a run goes on, and the tables at its end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from hpc_hdb.plan import TrainingPlan
+from hpc_hdb.report.events import Event
+from hpc_hdb.report.tables import (
+    measured_table,
+    plan_lines,
+    plan_table,
+    result_lines,
+    role_table,
+)
+
+_LINES_BESIDE_BARS = 12
+"""Of a terminal's height, kept for what is printed above the bars of the workers."""
+
+
+class _Bars(bars.Progress):
+    """Bars that end in an empty line: mpirun withholds a last line that has no end yet."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text()
+
+
+class Progress:
+    """A line per evaluation, and on a terminal bars below.
+
+    Parameters
+    ----------
+    console : Console
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = _Bars(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=None),
+            bars.TextColumn("{task.fields[note]}", justify="right"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+        )
+        self._run: bars.TaskID | None = None
+        self._workers: dict[int, bars.TaskID] = {}
+        self._epochs = 0
+        self._commits_per_epoch = 1
+        self._resumed_at = 0
+
+    def note(self, text: str) -> None:
+        """Say what is going on."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def begin(self, plan: TrainingPlan, commits_per_epoch: int) -> None:
+        """Show the plan, and start the bars."""
+        shares = plan.shares
+        self._epochs = plan.stages[-1].end_epoch
+        self._commits_per_epoch = shares.workers * commits_per_epoch
+        self.note(plan_lines(plan))
+        self.console.print(plan_table(plan))
+        self._run = self._live.add_task(
+            self._epoch(self._resumed_at),
+            total=self._epochs * self._commits_per_epoch,
+            completed=self._resumed_at,
+            note="",
+        )
+        room = max(1, self.console.height - _LINES_BESIDE_BARS)
+        for worker in range(1, min(shares.workers, room) + 1):
+            large = worker <= shares.large_workers
+            share = shares.large_share if large else shares.small_share
+            self._workers[worker] = self._live.add_task(
+                f"  worker {worker}, {'large' if large else 'small'} batch",
+                total=share / commits_per_epoch,
+                note="",
+            )
+        if shares.workers > room:
+            self.note(f"bars: workers 1 to {room} of {shares.workers}")
+        self._live.start()
+
+    def show(self, event: Event) -> None:
+        """Take an event from the log."""
+        name = event["event"]
+        if name == "resume":
+            self._resumed_at = event["commit"]
+            self.note(f"resumed after commit {event['commit']}")
+        if self._run is None:
+            return
+        if name == "commit":
+            self._live.update(
+                self._run, completed=event["commit"], description=self._epoch(event["commit"])
+            )
+            if event["worker"] in self._workers:
+                note = f"{event['resolution']} px, batch {event['batch']}, loss {event['loss']:.3f}"
+                self._live.reset(self._workers[event["worker"]], note=note)
+        elif name == "progress" and event["worker"] in self._workers:
+            self._live.update(self._workers[event["worker"]], completed=event["samples"])
+        elif name == "evaluation":
+            self._live.update(self._run, note=f"accuracy {event['accuracy']:.2%}")
+            self.note(
+                f"[{event['time']:8.1f} s] epoch {event['epoch']:5.1f} of {self._epochs}: "
+                f"accuracy {event['accuracy']:.2%}, loss {event['loss']:.4f}"
+            )
+
+    def close(self) -> None:
+        """Take the bars away and give the cursor back; harmless where there are none."""
+        for task in self._workers.values():
+            self._live.remove_task(task)
+        self._workers.clear()
+        self._live.stop()
+
+    def interrupted(self, folder: Path) -> None:
+        """Say how to go on after a signal."""
+        self.close()
+        again = shlex.quote(str(folder))
+        self.note(
+            f"interrupted; checkpoint written. Go on, started as before: hdb train --resume {again}"
+        )
+
+    def end(self, summary: dict[str, Any], folder: Path) -> None:
+        """Show the results."""
+        self.close()
+        self.note(result_lines(summary))
+        self.console.print(measured_table(summary))
+        self.console.print(role_table(summary))
+        self.note(f"run folder: {folder}\nplots and tables: hdb report {shlex.quote(str(folder))}")
+
+    def _epoch(self, commit: int) -> str:
+        return f"epoch {commit / self._commits_per_epoch:.1f} of {self._epochs}"

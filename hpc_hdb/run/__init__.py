@@ -1,0 +1,1 @@
+"""One run, from settings to summary: puts plan, cluster, train and report together."""

@@ -1,0 +1,128 @@
+"""The parts of a run, made from its settings."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hpc_hdb.config import Settings
+from hpc_hdb.errors import UserError
+from hpc_hdb.train.data import ImageSet, check_classes, open_data
+from hpc_hdb.train.evaluate import Evaluator
+from hpc_hdb.train.loader import make_loader
+from hpc_hdb.train.model import build_model
+from hpc_hdb.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: its device and its share of the node's cores."""
+
+    device: torch.device
+    threads: int
+
+    def settle(self) -> None:
+        """Use it: threads, current GPU, and arithmetic that repeats bit for bit."""
+        torch.set_num_threads(self.threads)
+        torch.backends.cudnn.deterministic = True
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Let the C library keep freed memory: else every step faults its activations in anew.
+
+    That took a quarter of a ResNet-18 step on a CPU. Other C libraries than glibc lack it.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
+
+
+def choose_place(settings: Settings, local_rank: int = 0, sharing: int = 1) -> Place:
+    """One GPU per worker of a node, by local rank, and a share of the cores.
+
+    Parameters
+    ----------
+    local_rank : int
+        Position among the workers of this node; -1 for a server.
+    sharing : int
+        Workers that run on the same cores.
+
+    Raises
+    ------
+    UserError
+        If a GPU is asked for and there is none.
+    """
+    gpus = torch.cuda.device_count() if settings.train.device != "cpu" else 0
+    if settings.train.device == "cuda" and not gpus:
+        raise UserError('train.device = "cuda", but torch sees no GPU here: use "auto" or "cpu"')
+    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    threads = settings.run.threads
+    if not threads and "OMP_NUM_THREADS" in os.environ:
+        threads = torch.get_num_threads()
+    return Place(device, threads or max(1, len(os.sched_getaffinity(0)) // max(1, sharing)))
+
+
+def make_trainer(settings: Settings, data: ImageSet, device: torch.device) -> Trainer:
+    """A worker's trainer, its model initialised from the run's seed."""
+    torch.manual_seed(settings.run.seed)
+    model = _make_model(settings, data, device)
+    loader = make_loader(data, settings.data, settings.train, device)
+    return Trainer(model, loader, len(data.labels), settings.train, settings.run.seed)
+
+
+def make_evaluator(
+    settings: Settings, device: torch.device, classes: Sequence[str] | None = None
+) -> Evaluator:
+    """The evaluator at the highest resolution, its model initialised from the run's seed.
+
+    Parameters
+    ----------
+    classes : sequence of str, optional
+        Of the training images; those held out must be of the same.
+
+    Raises
+    ------
+    UserError
+        If they are not, or the images or the model cannot be had.
+    """
+    data = open_data(settings.data, "test")
+    if classes is not None:
+        check_classes(classes, data.classes)
+    torch.manual_seed(settings.run.seed)
+    model = _make_model(settings, data, device)
+    return Evaluator(
+        model,
+        make_loader(data, settings.data, None, device),
+        len(data.labels),
+        settings.schedule.resolutions[-1],
+        settings.run.evaluation_batch,
+    )
+
+
+def _make_model(settings: Settings, data: ImageSet, device: torch.device) -> nn.Module:
+    """The model; a function of the user's that raises becomes a UserError which says where."""
+    try:
+        return build_model(settings.model, len(data.classes)).to(device)
+    except UserError:
+        raise
+    except Exception as error:
+        where = ""
+        if not isinstance(error, SyntaxError):  # which says itself where
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f" ({last.filename}, line {last.lineno})"
+        raise UserError(
+            f"model.name = '{settings.model.name}' raised {type(error).__name__}: {error}{where}: "
+            "mend it, or choose another model"
+        ) from None

@@ -1,0 +1,179 @@
+"""A run over MPI: rank 0 serves, the others work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from hpc_hdb.cluster.mpi import MpiServerLink, MpiWorkerLink, wait_until, world
+from hpc_hdb.cluster.roles import SERVER, check_roles
+from hpc_hdb.config import Settings
+from hpc_hdb.errors import UserError
+from hpc_hdb.plan import BatchTime, TrainingPlan
+from hpc_hdb.report.progress import Progress
+from hpc_hdb.run.build import Place, choose_place, make_evaluator, make_trainer
+from hpc_hdb.run.folder import RunFolder, results_in
+from hpc_hdb.run.planning import (
+    check_resumed_data,
+    fit_sweeps,
+    known_timing,
+    make_plan,
+    sweeps,
+    time_sweeps,
+)
+from hpc_hdb.run.serve import STOP_SIGNALS, has_finished, serve
+from hpc_hdb.train.data import open_data, prepare_data
+from hpc_hdb.train.worker import run_worker
+
+T = TypeVar("T")
+
+
+def train_over_mpi(settings: Settings, name: str, resume: Path | None, progress: Progress) -> int:
+    """This rank's part of a run; parameters, result and errors as `train_virtually`."""
+    comm = world()
+    status = 0
+    if comm.rank == SERVER:
+        status = _server(comm, settings, name, resume, progress)
+    else:
+        _worker(comm)
+    status = _agree_on_status(comm, status)
+    comm.Free()
+    return status
+
+
+def _server(
+    comm: MPI.Intracomm, settings: Settings, name: str, resume: Path | None, progress: Progress
+) -> int:
+    if resume is None:
+        check_roles(comm.size, settings.plan.small_workers)
+        folder = RunFolder.create(settings, name)
+    else:
+        folder, settings = RunFolder.reopen(resume)
+    with folder:
+        if resume is not None and has_finished(folder, progress):
+            _broadcast_json(comm, {})
+            return 0
+        return _run(comm, settings, folder, progress)
+
+
+def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: Progress) -> int:
+    plan = folder.read_plan(settings.plan.time_ratio)
+    if plan is not None:
+        check_resumed_ranks(plan, comm.size, folder)
+    prepare_data(settings.data)
+    timing = None if plan else known_timing(settings)
+    sizes = {} if plan or timing else sweeps(settings)
+    _broadcast_json(
+        comm,
+        {
+            "settings": settings.model_dump(mode="json"),
+            "folder": str(folder.path),
+            "sweeps": {str(side): batches for side, batches in sizes.items()},
+        },
+    )
+    place = _place(comm, settings)
+    place.settle()
+    data = open_data(settings.data, "train")
+    evaluator = make_evaluator(settings, place.device, data.classes)
+    if sizes:
+        progress.note("measuring batch times ...")
+        timing = _measure(comm, sizes)
+    if plan is None:
+        plan = make_plan(settings, comm.size - 1, len(data.labels), timing or {})
+        folder.begin(settings, plan)
+    else:
+        check_resumed_data(plan, len(data.labels))
+    link = MpiServerLink(comm)
+    with results_in(folder.path):
+        status = serve(settings, folder, plan, evaluator, link, progress, _drive, mode="mpi")
+    if link.present:  # interrupted, and some worker has not come out of its step for long
+        raise SystemExit(status)
+    return status
+
+
+def _worker(comm: MPI.Intracomm) -> None:
+    for number in STOP_SIGNALS:
+        # A launcher signals every rank; rank 0 decides what becomes of the run.
+        signal.signal(number, signal.SIG_IGN)
+    job = _broadcast_json(comm, None)
+    if not job:
+        return
+    settings = Settings.model_validate(job["settings"])
+    place = _place(comm, settings)
+    place.settle()
+    data = open_data(settings.data, "train")
+    sizes = {int(side): batches for side, batches in job["sweeps"].items()}
+    if sizes:
+        seconds = time_sweeps(make_trainer(settings, data, place.device), sizes)
+        comm.Reduce(np.array(seconds), None, MPI.SUM, SERVER)
+    link = MpiWorkerLink(comm)
+    trainer = make_trainer(settings, data, place.device)
+    synchronous = settings.server.sync == "bsp"
+    folder = Path(job["folder"])
+    keep = folder / "checkpoint" if settings.train.keep_momentum else None
+    with results_in(folder):
+        _drive(run_worker(link, trainer, synchronous, keep, settings.run.checkpoint_every))
+
+
+def check_resumed_ranks(plan: TrainingPlan, ranks: int, folder: RunFolder) -> None:
+    """Raise UserError where an interrupted run is resumed with another number of ranks."""
+    if plan.shares.workers != ranks - 1:
+        raise UserError(
+            f"{folder.path} was started with {plan.shares.workers + 1} ranks: "
+            f"resume it with mpirun -n {plan.shares.workers + 1}, not {ranks}"
+        )
+
+
+def _place(comm: MPI.Intracomm, settings: Settings) -> Place:
+    """Device and threads of this rank among those of its node."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    workers = np.array([comm.rank != SERVER], dtype=np.int64)
+    cores = np.array([hash(frozenset(os.sched_getaffinity(0)))], dtype=np.int64)
+    all_workers = np.empty(node.size, dtype=np.int64)
+    all_cores = np.empty(node.size, dtype=np.int64)
+    node.Allgather(workers, all_workers)
+    node.Allgather(cores, all_cores)
+    local_rank = int(all_workers[: node.rank].sum()) if comm.rank != SERVER else -1
+    node.Free()
+    return choose_place(settings, local_rank, int(all_workers[all_cores == cores[0]].sum()))
+
+
+def _measure(comm: MPI.Intracomm, sizes: dict[int, list[int]]) -> dict[int, BatchTime]:
+    """The time model, averaged over the workers, all of which measure at the same time."""
+    seconds = np.zeros(sum(map(len, sizes.values())))
+    comm.Reduce(MPI.IN_PLACE, seconds, MPI.SUM, SERVER)
+    return fit_sweeps(sizes, list(seconds / (comm.size - 1)))
+
+
+def _broadcast_json(comm: MPI.Intracomm, value: dict[str, Any] | None) -> dict[str, Any]:
+    """Plain values from rank 0 to all, as bytes."""
+    data = bytearray(json.dumps(value).encode())
+    size = np.array([len(data)], dtype=np.int64)
+    wait_until(comm.Ibcast(size, SERVER).Test)
+    if comm.rank != SERVER:
+        data = bytearray(int(size[0]))
+    comm.Bcast([data, MPI.BYTE], SERVER)
+    return json.loads(data)
+
+
+def _agree_on_status(comm: MPI.Intracomm, status: int) -> int:
+    """Rank 0's exit status, on every rank."""
+    box = np.array([status], dtype=np.int64)
+    wait_until(comm.Ibcast(box, SERVER).Test)
+    return int(box[0])
+
+
+def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends: over MPI, awaited calls block."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("an MPI link has suspended")

@@ -1,0 +1,154 @@
+"""Rank 0 of a run, over MPI or on the virtual clock: events, signals, results."""
+
+from __future__ import annotations
+
+import platform
+import signal
+from collections.abc import Callable, Coroutine
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_hdb import __version__
+from hpc_hdb.cluster.link import ServerLink
+from hpc_hdb.config import Settings
+from hpc_hdb.plan import TrainingPlan
+from hpc_hdb.report.events import EventLog, read_events
+from hpc_hdb.report.progress import Progress
+from hpc_hdb.report.summary import summarise
+from hpc_hdb.run.folder import RunFolder
+from hpc_hdb.train.checkpoint import has_checkpoint, load_checkpoint, write_atomically
+from hpc_hdb.train.evaluate import Evaluator
+from hpc_hdb.train.server import Interrupted, ParameterServer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+Drive = Callable[[Coroutine[Any, Any, Tensor]], Tensor]
+
+
+def serve(
+    settings: Settings,
+    folder: RunFolder,
+    plan: TrainingPlan,
+    evaluator: Evaluator,
+    link: ServerLink,
+    progress: Progress,
+    drive: Drive,
+    mode: str,
+) -> int:
+    """Run the parameter server to the end of training.
+
+    Parameters
+    ----------
+    drive : callable
+        Runs the server's coroutine, and on the virtual clock the workers' beside it.
+    mode : str
+        "mpi" or "virtual"; the latter evaluates and writes checkpoints within the loop.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 128 plus the signal that ended the run early.
+
+    Raises
+    ------
+    UserError
+        If the run is resumed and its checkpoint cannot be used.
+    """
+    checkpoint = None
+    if folder.resumed and has_checkpoint(folder.checkpoints):
+        checkpoint = load_checkpoint(folder.checkpoints, evaluator.parameters.signature)
+    before = checkpoint.seconds if checkpoint else 0.0
+    log = EventLog(folder.path / "events.jsonl", lambda: before + link.now())
+    log.listen(progress.show)
+    received = _catch_signals()
+    evaluator.parameters.to_wire()
+    server = ParameterServer(
+        link,
+        plan,
+        settings,
+        evaluator.parameters.wire.clone(),
+        evaluator,
+        log.emit,
+        folder.checkpoints,
+        lambda: received[-1] if received else 0,
+        inline=mode == "virtual",
+    )
+    log.emit("start", _about(settings, plan, mode, evaluator.parameters.flat.device))
+    if folder.resumed:
+        commits = checkpoint.rounds["commits"] if checkpoint else 0
+        log.emit("resume", {"commit": commits, "seconds": before})
+    if checkpoint is not None:
+        server.resume(checkpoint, _last_evaluated(folder))
+    progress.begin(plan, settings.server.commits_per_epoch)
+    try:
+        model = drive(server.run())
+    except Interrupted as interruption:
+        log.emit("interrupted", {"signal": signal.Signals(interruption.signal_number).name})
+        log.close()
+        progress.interrupted(folder.path)
+        return 128 + interruption.signal_number
+    finally:
+        progress.close()
+    log.emit("end", {"commit": plan_commits(settings, plan)})
+    log.close()
+    evaluator.parameters.flat.copy_(model)
+    write_atomically(folder.model, evaluator.parameters.model.state_dict())
+    summary = summarise(read_events(folder.path))
+    folder.write_json("summary.json", summary)
+    progress.end(summary, folder.path)
+    return 0
+
+
+def has_finished(folder: RunFolder, progress: Progress) -> bool:
+    """Whether the run of a reopened folder has nothing left to do; says so."""
+    if folder.finished:
+        where = folder.path
+        progress.note(f"{where} has finished: nothing to resume; see hdb report {where}")
+    return folder.finished
+
+
+def plan_commits(settings: Settings, plan: TrainingPlan) -> int:
+    """Commits of the whole run."""
+    return plan.stages[-1].end_epoch * plan.shares.workers * settings.server.commits_per_epoch
+
+
+def _last_evaluated(folder: RunFolder) -> int:
+    """Commit count of the last evaluation that still holds; 0 if there is none."""
+    log = read_events(folder.path)
+    return max((event["commit"] for event in log if event["event"] == "evaluation"), default=0)
+
+
+def _catch_signals() -> list[int]:
+    """A list that fills with the signals that ask this run to stop."""
+    received: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: received.append(number))
+    return received
+
+
+def _about(
+    settings: Settings, plan: TrainingPlan, mode: str, device: torch.device
+) -> dict[str, Any]:
+    shares = plan.shares
+    return {
+        "mode": mode,
+        "sync": settings.server.sync,
+        "workers": shares.workers,
+        "small_workers": shares.small_workers,
+        "commits_per_epoch": shares.workers * settings.server.commits_per_epoch,
+        "samples": plan.samples,
+        "update_factor": shares.update_factor,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "hpc-hdb": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": metadata.version("torchvision"),
+            "numpy": np.__version__,
+        },
+    }

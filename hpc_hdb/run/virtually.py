@@ -1,0 +1,93 @@
+"""A run within one process, on the virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hpc_hdb.cluster.roles import check_roles
+from hpc_hdb.cluster.virtual import VirtualCluster
+from hpc_hdb.config import Settings
+from hpc_hdb.report.progress import Progress
+from hpc_hdb.run.build import choose_place, make_evaluator, make_trainer
+from hpc_hdb.run.folder import RunFolder, results_in
+from hpc_hdb.run.planning import (
+    check_resumed_data,
+    fit_sweeps,
+    known_timing,
+    make_plan,
+    sweeps,
+    time_sweeps,
+)
+from hpc_hdb.run.serve import has_finished, serve
+from hpc_hdb.train.data import open_data, prepare_data
+from hpc_hdb.train.worker import run_worker
+
+
+def train_virtually(settings: Settings, name: str, resume: Path | None, progress: Progress) -> int:
+    """Train with ``plan.workers`` simulated workers; the exit status.
+
+    Parameters
+    ----------
+    settings : Settings
+        Ignored where a run is resumed: its own settings count.
+    name : str
+        Names the run folder, where the settings do not.
+    resume : Path or None
+        Run folder to go on with.
+
+    Raises
+    ------
+    UserError
+        For anything a user can mend.
+    """
+    if resume is None:
+        check_roles(settings.plan.workers + 1, settings.plan.small_workers)
+        folder = RunFolder.create(settings, name)
+    else:
+        folder, settings = RunFolder.reopen(resume)
+    with folder:
+        if resume is not None and has_finished(folder, progress):
+            return 0
+        return _run(settings, folder, progress)
+
+
+def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
+    place = choose_place(settings)
+    place.settle()
+    prepare_data(settings.data)
+    data = open_data(settings.data, "train")
+    evaluator = make_evaluator(settings, place.device, data.classes)
+    plan = folder.read_plan(settings.plan.time_ratio)
+    if plan is None:
+        timing = known_timing(settings)
+        if timing is None:
+            sizes = sweeps(settings)
+            progress.note("measuring batch times ...")
+            timing = fit_sweeps(
+                sizes, time_sweeps(make_trainer(settings, data, place.device), sizes)
+            )
+        plan = make_plan(settings, settings.plan.workers, len(data.labels), timing)
+    else:
+        check_resumed_data(plan, len(data.labels))
+    cluster = VirtualCluster(plan.shares.workers)
+    trainers = [make_trainer(settings, data, place.device) for _ in cluster.workers]
+    synchronous = settings.server.sync == "bsp"
+    keep = folder.checkpoints if settings.train.keep_momentum else None
+
+    def drive(server: Coroutine[Any, Any, Tensor]) -> Tensor:
+        workers = [
+            run_worker(link, trainer, synchronous, keep, settings.run.checkpoint_every)
+            for link, trainer in zip(cluster.workers, trainers, strict=True)
+        ]
+        return cluster.run(server, workers)
+
+    if not folder.resumed:
+        folder.begin(settings, plan)
+    with results_in(folder.path):
+        return serve(
+            settings, folder, plan, evaluator, cluster.server, progress, drive, mode="virtual"
+        )

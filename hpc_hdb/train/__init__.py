@@ -1,0 +1,1 @@
+"""The two loops of training, and what they work on: models, data, merges, checkpoints."""

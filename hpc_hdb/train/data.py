@@ -1,0 +1,275 @@
+"""Data sets: labelled images in files or in memory, from which a loader takes batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from hpc_hdb.config import Data
+from hpc_hdb.errors import UserError
+
+Split = Literal["train", "test"]
+
+_DOWNLOAD_PATIENCE = 20
+"""Seconds without a byte after which a download is given up."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+
+
+@dataclass
+class ImageFiles:
+    """Images in files, decoded when they are needed.
+
+    Attributes
+    ----------
+    classes : list of str
+        Class names, sorted; a label is a position in it.
+    labels : ndarray, shape (n,), int64
+    paths : list of str, length n
+    """
+
+    classes: list[str]
+    labels: np.ndarray
+    paths: list[str]
+
+    def load(self, indices: np.ndarray, resolution: int) -> Tensor:
+        """Decode, resize the shorter side and crop the centre.
+
+        Returns
+        -------
+        Tensor, shape (len(indices), 3, resolution, resolution), uint8
+
+        Raises
+        ------
+        UserError
+            If a file is missing or no image; names the file.
+        """
+        images = np.empty((len(indices), resolution, resolution, 3), dtype=np.uint8)
+        for position, index in enumerate(indices):
+            images[position] = _decode(self.paths[index], resolution)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@dataclass
+class ImageArray:
+    """Square images of one size in memory.
+
+    Attributes
+    ----------
+    classes, labels
+        As in `ImageFiles`.
+    images : Tensor, shape (n, 3, side, side), uint8
+    """
+
+    classes: list[str]
+    labels: np.ndarray
+    images: Tensor
+
+    def load(self, indices: np.ndarray, resolution: int) -> Tensor:
+        """The images at `resolution`; as `ImageFiles.load`."""
+        images = self.images[torch.as_tensor(indices)]
+        if images.shape[-1] == resolution:
+            return images
+        return functional.interpolate(
+            images, (resolution, resolution), mode="bilinear", antialias=True
+        )
+
+
+ImageSet = ImageFiles | ImageArray
+
+
+def _decode(path: str, resolution: int) -> np.ndarray:
+    """One image as an array of shape (resolution, resolution, 3), uint8."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (resolution, resolution))
+            picture: Image.Image = image
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to white
+                picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            picture = picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(
+            f"image {path} has vanished since the run started: bring it back, then go on with "
+            "hdb train --resume"
+        ) from None
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"cannot decode {path}: {reason}; replace or remove the file") from None
+    width, height = picture.size
+    if (width, height) != (resolution, resolution):
+        scale = resolution / min(width, height)
+        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+        picture = picture.crop((left, top, left + resolution, top + resolution))
+    return np.asarray(picture)
+
+
+def prepare_data(settings: Data) -> None:
+    """Write or download what `open_data` then reads; to be called by one rank of a job.
+
+    Raises
+    ------
+    UserError
+        If the files can be neither found nor made.
+    """
+    if settings.source == "digits":
+        try:
+            _write_digits(settings.path / "digits")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the digits below data.path = '{settings.path}' "
+                f"({error.strerror}): set it to a folder with room where you may write"
+            ) from None
+    elif settings.source in ("cifar10", "cifar100"):
+        _torchvision_cifar(settings, "train", download=True)
+
+
+def open_data(settings: Data, split: Split) -> ImageSet:
+    """Open a split of the data set.
+
+    Raises
+    ------
+    UserError
+        If it is missing, or has a class folder without images.
+    """
+    if settings.source == "digits":
+        return scan_folder(settings.path / "digits" / split)
+    if settings.source == "synthetic":
+        return _synthetic(settings, split)
+    if settings.source == "folder":
+        return scan_folder(_split_folder(settings.path, split))
+    return _torchvision_cifar(settings, split, download=False)
+
+
+def check_classes(train: Sequence[str], test: Sequence[str]) -> None:
+    """Raise UserError where the held-out images are not of the classes that are trained."""
+    problems = [
+        f"{', '.join(sorted(missing)[:5])}{' ...' if len(missing) > 5 else ''} only {where}"
+        for missing, where in (
+            (set(train) - set(test), "for training"),
+            (set(test) - set(train), "held out"),
+        )
+        if missing
+    ]
+    if problems:
+        raise UserError(
+            f"the classes differ: {'; '.join(problems)}; make train/ and val/ (or test/) hold "
+            "the same class folders"
+        )
+
+
+def _split_folder(root: Path, split: Split) -> Path:
+    if not root.is_dir():
+        raise UserError(
+            f"data.path = '{root}' is not a folder: set it to one with train/ and test/"
+        )
+    names = ("train",) if split == "train" else ("val", "test")
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(
+        f"{root} has no {' or '.join(f'{name}/' for name in names)} folder: expected "
+        f"{root / names[0]}/<class>/<image>"
+    )
+
+
+def scan_folder(folder: Path) -> ImageFiles:
+    """Find the images of ``folder/<class>/``, in sorted order, in subfolders too.
+
+    Raises
+    ------
+    UserError
+        If there are no classes, or a class has no images.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no data at {folder}")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UserError(f"{folder} has no class folders: expected {folder}/<class>/<image>")
+    paths: list[str] = []
+    counts = []
+    for name in classes:
+        found = [
+            f"{parent}/{file}"
+            for parent, _, files in os.walk(folder / name)
+            for file in files
+            if file.lower().endswith(IMAGE_SUFFIXES)
+        ]
+        if not found:
+            raise UserError(
+                f"class folder {folder / name} has no images ({', '.join(IMAGE_SUFFIXES)}): "
+                "fill or remove it"
+            )
+        paths += sorted(found)
+        counts.append(len(found))
+    return ImageFiles(classes, np.repeat(np.arange(len(classes)), counts), paths)
+
+
+def _write_digits(folder: Path) -> None:
+    """Scikit-learn's 1,797 scans of 8x8 pixels as JPEG files; every fifth is held out."""
+    if folder.is_dir():
+        return
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".digits-") as scratch:
+        unfinished = Path(scratch) / "digits"
+        for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            split = "test" if number % 5 == 0 else "train"
+            path = unfinished / split / str(label) / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((scan * (255 / 16)).astype(np.uint8)).save(path, quality=95)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another run was faster
+            if not folder.is_dir():
+                raise
+
+
+def _torchvision_cifar(settings: Data, split: Split, download: bool) -> ImageArray:
+    maker = torchvision.datasets.CIFAR10
+    if settings.source == "cifar100":
+        maker = torchvision.datasets.CIFAR100
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_PATIENCE)  # else a firewall that swallows packets hangs us
+    try:
+        data = maker(str(settings.path), train=split == "train", download=download)
+    except Exception as error:  # the download raises what its transport raises
+        raise UserError(
+            f"{settings.source} is neither in {settings.path} nor can it be downloaded "
+            f"({error}): put torchvision's {maker.base_folder} there, or bring the images as a "
+            "folder (data.source=folder)"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return ImageArray(list(data.classes), np.asarray(data.targets, dtype=np.int64), images)
+
+
+def _synthetic(settings: Data, split: Split) -> ImageArray:
+    """Noisy pictures of one smooth pattern per class: learnable, and the same on every rank."""
+    generator = torch.Generator().manual_seed(20)
+    side, classes = settings.synthetic_side, settings.synthetic_classes
+    coarse = torch.rand(classes, 3, 4, 4, generator=generator)
+    patterns = functional.interpolate(coarse, (side, side), mode="bicubic")
+    count = settings.synthetic_samples if split == "train" else settings.synthetic_samples // 5
+    count = max(count, classes)
+    generator.manual_seed(21 if split == "train" else 22)
+    labels = torch.arange(count) % classes
+    noise = torch.randn(count, 3, side, side, generator=generator)
+    images = ((patterns[labels] + 0.5 * noise) * 255).clamp_(0, 255).to(torch.uint8)
+    return ImageArray([f"class{number}" for number in range(classes)], labels.numpy(), images)

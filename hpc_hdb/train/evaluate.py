@@ -1,0 +1,93 @@
+"""Accuracy and loss of a model on the held-out split."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.train.loader import Loader
+from hpc_hdb.train.parameters import FlatModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result on the held-out split.
+
+    Attributes
+    ----------
+    accuracy : float
+        Fraction classified right, 0 to 1.
+    loss : float
+        Mean cross-entropy per image.
+    seconds : float
+        Wall-clock time it took.
+    """
+
+    accuracy: float
+    loss: float
+    seconds: float
+
+
+class Evaluator:
+    """Evaluates flat buffers with a model of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On its device; overwritten by each evaluation.
+    loader : Loader
+        Of the held-out split, without augmentation.
+    samples : int
+        Size of the held-out split.
+    resolution : int
+        Side of the images, in pixels.
+    batch : int
+        Images per forward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, loader: Loader, samples: int, resolution: int, batch: int
+    ) -> None:
+        self.parameters = FlatModel(model)
+        self._loader = loader
+        self._samples = samples
+        self._resolution = resolution
+        self._batch = batch
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Give up the evaluation that another thread is in, and any later one."""
+        self._cancelled = True
+
+    @torch.inference_mode()
+    def evaluate(self, flat: Tensor) -> Evaluation:
+        """Evaluate the model whose buffer is `flat`, shape (size,), float32.
+
+        Raises
+        ------
+        CancelledError
+            Soon after `cancel`.
+        """
+        start = time.perf_counter()
+        self.parameters.flat.copy_(flat)
+        model = self.parameters.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.parameters.flat.device)
+        sizes = split_evenly(self._samples, self._batch)
+        batches = self._loader.batches(np.arange(self._samples), sizes, self._resolution, 0)
+        for images, labels in batches:
+            if self._cancelled:
+                raise CancelledError
+            scores = model(images)
+            loss = functional.cross_entropy(scores, labels, reduction="sum")
+            totals += torch.stack((loss, (scores.argmax(1) == labels).sum().to(loss.dtype)))
+        total_loss, correct = totals.tolist()
+        return Evaluation(
+            correct / self._samples, total_loss / self._samples, time.perf_counter() - start
+        )

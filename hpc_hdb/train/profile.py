@@ -1,0 +1,178 @@
+"""Measuring ``t(b) = a*b + c`` and the largest batch on the device at hand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpc_hdb.errors import UserError
+from hpc_hdb.plan import BatchTime, BatchTimeFit, fit_batch_time
+from hpc_hdb.train.trainer import Trainer
+
+_SIZES = 6
+_SMALLEST_PART = 16
+
+
+def sweep_sizes(largest: int) -> list[int]:
+    """Batch sizes to measure: from a sixteenth of the largest up, in equal ratios."""
+    smallest = max(1, largest // _SMALLEST_PART)
+    return sorted({round(size) for size in np.geomspace(smallest, largest, _SIZES)})
+
+
+def measure_steps(
+    trainer: Trainer, resolution: int, sizes: list[int], seconds: float = 0.3, repeats: int = 3
+) -> list[float]:
+    """Median time of a whole step, loading included, at each batch size.
+
+    The sizes take turns, so that a disturbance of the machine falls on all of them.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    resolution : int
+        Side of the images, in pixels.
+    sizes : list of int
+        Batch sizes.
+    seconds, repeats : float, int
+        Each size is measured at least `repeats` times and until `seconds` are spent on it.
+
+    Returns
+    -------
+    list of float, same length as `sizes`
+        In seconds.
+    """
+    trainer.model.train()
+    times: list[list[float]] = [[] for _ in sizes]
+    for size in sizes:
+        _timed_steps(trainer, resolution, size, 1)
+    while any(len(spent) < repeats or sum(spent) < seconds for spent in times):
+        for size, spent in zip(sizes, times, strict=True):
+            spent += _timed_steps(trainer, resolution, size, 2)
+    return [statistics.median(spent) for spent in times]
+
+
+def _timed_steps(trainer: Trainer, resolution: int, size: int, count: int) -> list[float]:
+    spent = []
+    batches = trainer.sample_batches(resolution, [size] * count, seed=0)
+    for _ in range(count):
+        start = time.perf_counter()
+        images, labels = next(batches)
+        trainer.step(images, labels)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        spent.append(time.perf_counter() - start)
+    return spent
+
+
+def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest batch up to `bound` for which `fits` says yes, by doubling and halving.
+
+    Raises
+    ------
+    UserError
+        If not even one image fits.
+    """
+    low, high = 0, 1
+    while high < bound and fits(high):
+        low, high = high, min(2 * high, bound)
+    if high == bound and fits(bound):
+        return bound
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if low == 0:
+        raise UserError("not even a batch of one image fits: use a smaller model or resolution")
+    return low
+
+
+def fits_device(trainer: Trainer, resolution: int, size: int) -> bool:
+    """Whether a training step of that batch fits the device's memory."""
+    try:
+        _timed_steps(trainer, resolution, size, 2)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured at one resolution.
+
+    Attributes
+    ----------
+    fit : BatchTimeFit
+    large_batch : int
+        Largest batch that fits, in images.
+    points : list of (int, float)
+        Batch sizes and seconds per step.
+    """
+
+    fit: BatchTimeFit
+    large_batch: int
+    points: list[tuple[int, float]]
+
+
+def profile_resolution(
+    trainer: Trainer, resolution: int, bound: int, seconds: float = 1.0, repeats: int = 5
+) -> Timing:
+    """Find the largest batch up to `bound` and fit the time model below it."""
+    if trainer.device.type == "cuda":
+        bound = largest_batch(lambda size: fits_device(trainer, resolution, size), bound)
+    sizes = sweep_sizes(bound)
+    times = measure_steps(trainer, resolution, sizes, seconds, repeats)
+    fit = fit_batch_time(sizes, times, relative=True)
+    return Timing(fit, bound, list(zip(sizes, times, strict=True)))
+
+
+def write_timing(path: Path, timings: dict[int, Timing], about: dict[str, str]) -> None:
+    """Write timing.json; `about` says on what it was measured."""
+    values = about | {
+        "resolutions": {
+            str(resolution): asdict(timing.fit.line)
+            | {
+                "large_batch": timing.large_batch,
+                "mean_error": timing.fit.mean_error,
+                "worst_error": timing.fit.worst_error,
+                "points": timing.points,
+            }
+            for resolution, timing in timings.items()
+        }
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_timing(path: Path) -> tuple[dict[int, BatchTime], dict[int, int]]:
+    """The time models and the largest batches by resolution that `write_timing` wrote.
+
+    Raises
+    ------
+    UserError
+        If the file is missing or not of that form.
+    """
+    try:
+        values = json.loads(path.read_text())["resolutions"]
+        lines = {
+            int(side): BatchTime(float(line["seconds_per_image"]), float(line["overhead"]))
+            for side, line in values.items()
+        }
+        batches = {int(side): int(line["large_batch"]) for side, line in values.items()}
+        if any(batch < 1 for batch in batches.values()):
+            raise ValueError("a large_batch below 1")
+    except FileNotFoundError:
+        raise UserError(f"no timing file {path}: write it with 'hdb profile'") from None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(
+            f"timing file {path} is damaged ({type(error).__name__}: {error}): "
+            "write it again with 'hdb profile'"
+        ) from None
+    return lines, batches

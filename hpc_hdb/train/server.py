@@ -1,0 +1,391 @@
+"""The parameter server's loop: hand out rounds, merge commits, keep account.
+
+Source: Lu et al., arXiv 2509.26092, for ASP and BSP with the model update factor; SSP after
+Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hpc_hdb.cluster.link import ServerLink
+from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
+from hpc_hdb.cluster.roles import group_of
+from hpc_hdb.config import Settings
+from hpc_hdb.plan import Group, RoundBook, TrainingPlan
+from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.train.background import Background
+from hpc_hdb.train.checkpoint import Checkpoint, save_checkpoint
+from hpc_hdb.train.evaluate import Evaluation, Evaluator
+from hpc_hdb.train.merge import MERGES, reduction_weights
+from hpc_hdb.train.versions import Versions
+
+_POLL_SECONDS = 0.2
+_LEAVE_SECONDS = 10.0
+"""For the workers to come out of a step, once a run is interrupted."""
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+class Interrupted(Exception):
+    """A signal ended the run early; a checkpoint has been written."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class ParameterServer:
+    """Rank 0.
+
+    Parameters
+    ----------
+    link : ServerLink
+    plan : TrainingPlan
+    settings : Settings
+    model : Tensor, shape (size,), float32
+        The initial model, on the CPU.
+    evaluator : Evaluator
+    emit : callable
+        Takes an event's name and its values, for the event log.
+    checkpoints : Path or None
+        Folder of the checkpoints; None writes none.
+    signal_number : callable
+        The signal that asks to stop, 0 while there is none.
+    inline : bool
+        Evaluate and write checkpoints within the loop instead of beside it.
+    """
+
+    def __init__(
+        self,
+        link: ServerLink,
+        plan: TrainingPlan,
+        settings: Settings,
+        model: Tensor,
+        evaluator: Evaluator,
+        emit: Emit,
+        checkpoints: Path | None,
+        signal_number: Callable[[], int] = lambda: 0,
+        inline: bool = False,
+    ) -> None:
+        self._link = link
+        self._plan = plan
+        self._settings = settings
+        self._evaluator = evaluator
+        self._emit = emit
+        self._checkpoints = checkpoints
+        self._signal_number = signal_number
+        self._book = RoundBook(
+            plan.shares, plan.stages, plan.samples, settings.server.commits_per_epoch
+        )
+        self._versions = Versions(model, link)
+        self._present = set(range(1, link.workers + 1))
+        self._active = set(self._present)
+        self._waiting: set[int] = set()
+        self._orders: dict[int, Order] = {}
+        self._worker_commits = dict.fromkeys(self._present, 0)
+        self._unsaved = dict.fromkeys(self._present, 0)
+        self._stage = -1
+        self._seconds_before = 0.0
+        self._next_evaluation = settings.run.evaluate_every
+        self._evaluated = -1
+        self._evaluations: Background[Evaluation] = Background(inline)
+        self._writer: Background[Path] = Background(inline)
+
+    def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
+        """Go on from a checkpoint, before `run`.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        evaluated : int
+            Commit count of the last model evaluated before it; 0 if there was none.
+        """
+        self._versions.current.copy_(checkpoint.model)
+        self._book.restore(checkpoint.rounds)
+        self._worker_commits.update(checkpoint.worker_commits)
+        self._seconds_before = checkpoint.seconds
+        self._evaluated = evaluated
+        self._next_evaluation = self._evaluation_after(evaluated / self._book.commits_per_epoch)
+
+    async def run(self) -> Tensor:
+        """Serve until training ends.
+
+        Returns
+        -------
+        Tensor, shape (size,), float32
+            The final model.
+
+        Raises
+        ------
+        Interrupted
+            After a signal, once the checkpoint is written and the workers have left.
+        """
+        try:
+            while self._waiting < self._active:
+                await self._next_report(ReportKind.JOIN)
+            self._evaluate_if_due()
+            self._send_rounds()
+            if self._settings.server.sync == "bsp":
+                await self._serve_bulk_synchronously()
+            else:
+                await self._serve_asynchronously()
+            while self._present:
+                await self._next_report(ReportKind.LEAVE)
+        except Interrupted:
+            await self._interrupt()
+            raise
+        self._evaluations.wait()
+        if self._evaluated != self._book.commits:
+            self._start_evaluation()
+        self._evaluations.wait()
+        self._writer.wait()
+        return self._versions.current
+
+    async def _serve_asynchronously(self) -> None:
+        """ASP and SSP: merge each commit as it comes."""
+        merge = MERGES[self._settings.server.merge]
+        while self._active:
+            worker, report = await self._next_report(ReportKind.COMMIT)
+            self._make_room(worker)
+            buffer = self._versions.spare()
+            await self._link.receive(worker, buffer)
+            merge(self._versions.current, buffer, self._factor(report), buffer)
+            self._versions.publish(buffer)
+            self._count_commit(worker, report)
+            self._after_commits()
+            self._send_rounds()
+
+    async def _serve_bulk_synchronously(self) -> None:
+        """BSP: one reduction over all workers each round."""
+        workers = sorted(self._active)
+        while self._active:
+            reports: dict[int, Report] = {}
+            while len(reports) < len(workers):
+                worker, report = await self._next_report(ReportKind.COMMIT)
+                self._make_room(worker)
+                reports[worker] = report
+            for worker in workers:
+                self._count_commit(worker, reports[worker])
+            weights = reduction_weights([self._factor(reports[worker]) for worker in workers])
+            orders = {worker: self._next_order(worker) for worker in workers}
+            for order, weight in zip(orders.values(), weights, strict=True):
+                order.weight = weight
+            buffer = self._versions.spare()
+            self._waiting.clear()
+            await self._link.reduce(orders, buffer)
+            await self._link.broadcast(buffer)
+            self._versions.publish(buffer)
+            self._after_commits()
+
+    def _send_rounds(self) -> None:
+        """Give every worker that waits its next round, unless it must wait for others (SSP)."""
+        # An order to stop takes a worker out of the count, which may let others go on.
+        while ready := [worker for worker in sorted(self._waiting) if self._may_go_on(worker)]:
+            for worker in ready:
+                self._send_next_round(worker)
+
+    def _may_go_on(self, worker: int) -> bool:
+        """Whether a worker that has committed may start its next round (SSP's bound)."""
+        if self._settings.server.sync != "ssp":
+            return True
+        slowest = min(self._worker_commits[other] for other in self._active)
+        return self._worker_commits[worker] - slowest <= self._settings.server.staleness
+
+    def _send_next_round(self, worker: int) -> None:
+        order = self._next_order(worker)
+        train = order.kind == OrderKind.TRAIN
+        self._waiting.remove(worker)
+        self._link.reply(worker, order, self._versions.current if train else None)
+
+    def _next_order(self, worker: int) -> Order:
+        """The worker's next round, or the order to stop."""
+        work = self._book.hand_out(self._group(worker))
+        if work is None:
+            self._active.discard(worker)
+            return Order(OrderKind.STOP)
+        number = self._book.stage
+        stage, batch = self._plan.stages[number], self._plan.batch(number, work.group)
+        if number != self._stage:
+            self._stage = number
+            self._emit("stage", {"commit": self._book.commits, "stage": number} | vars(stage))
+        samples = work.end - work.begin
+        order = Order(
+            OrderKind.TRAIN,
+            small=work.group is Group.SMALL,
+            index=work.index,
+            epoch=work.epoch,
+            part=work.part,
+            slot=work.slot,
+            begin=work.begin,
+            end=work.end,
+            stage=number,
+            resolution=stage.resolution,
+            batch=batch,
+            commits=self._book.commits,
+            worker_commits=self._worker_commits[worker],
+            learning_rate=stage.learning_rate,
+            dropout=stage.dropout,
+            predicted_seconds=self._plan.timing[stage.resolution].of_steps(
+                samples, len(split_evenly(samples, batch))
+            ),
+        )
+        self._orders[worker] = order
+        return order
+
+    def _count_commit(self, worker: int, report: Report) -> None:
+        order = self._orders[worker]
+        self._book.commit(_trained_as(report), report.index)
+        self._worker_commits[worker] += 1
+        self._unsaved[worker] += 1
+        self._emit(
+            "commit",
+            {
+                "commit": self._book.commits,
+                "worker": worker,
+                "group": self._group(worker).value,
+                "trained_as": _trained_as(report).value,
+                "epoch": order.epoch,
+                "part": order.part,
+                "begin": order.begin,
+                "end": order.end,
+                "stage": order.stage,
+                "learning_rate": order.learning_rate,
+                "resolution": order.resolution,
+                "dropout": order.dropout,
+                "batch": order.batch,
+                "pulled_at": order.commits,
+                "samples": report.samples,
+                "steps": report.steps,
+                "loss": report.loss / max(report.samples, 1),
+                "accuracy": report.correct / max(report.samples, 1),
+                "predicted_seconds": order.predicted_seconds,
+            }
+            | _seconds(report),
+        )
+
+    def _after_commits(self) -> None:
+        """Evaluate and write a checkpoint where one is due."""
+        self._evaluate_if_due()
+        if max(self._unsaved.values()) * 2 > self._settings.run.checkpoint_every:
+            self._start_checkpoint()
+
+    def _evaluate_if_due(self) -> None:
+        if self._book.epoch >= self._next_evaluation and not self._evaluations.busy:
+            self._start_evaluation()
+
+    def _evaluation_after(self, epoch: float) -> int:
+        """The epoch after which an evaluation is due that follows one after `epoch`."""
+        every = self._settings.run.evaluate_every
+        return (int(epoch) // every + 1) * every
+
+    def _start_evaluation(self) -> None:
+        model = self._versions.hold()
+        commits, epoch = self._book.commits, self._book.epoch
+        self._next_evaluation = self._evaluation_after(epoch)
+        self._evaluated = commits
+
+        def done(result: Evaluation) -> None:
+            self._versions.release(model)
+            self._emit("evaluation", {"commit": commits, "epoch": epoch} | vars(result))
+
+        self._evaluations.start(lambda: self._evaluator.evaluate(model), done)
+
+    def _start_checkpoint(self) -> None:
+        """Write the current version, beside the loop, unless one is just being written."""
+        if self._checkpoints is None or self._writer.busy:
+            return
+        folder = self._checkpoints
+        checkpoint = Checkpoint(
+            self._versions.hold(),
+            self._evaluator.parameters.signature,
+            self._book.state(),
+            dict(self._worker_commits),
+            self._seconds_before + self._link.now(),
+        )
+        included = dict(self._unsaved)
+
+        def done(path: Path) -> None:
+            self._versions.release(checkpoint.model)
+            for worker, commits in included.items():
+                self._unsaved[worker] -= commits
+            self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
+
+        self._writer.start(lambda: save_checkpoint(folder, checkpoint), done)
+
+    def _make_room(self, worker: int) -> None:
+        """Before a worker's commit is taken: no more than `checkpoint_every` of its are unsaved."""
+        if self._checkpoints is not None:
+            while self._unsaved[worker] >= self._settings.run.checkpoint_every:
+                if self._writer.busy:
+                    self._writer.wait()
+                else:
+                    self._start_checkpoint()
+
+    async def _next_report(self, kind: ReportKind) -> tuple[int, Report]:
+        """The next report of that kind; progress and departures are dealt with on the way."""
+        while True:
+            self._evaluations.poll()
+            self._writer.poll()
+            if self._signal_number():
+                raise Interrupted(self._signal_number())
+            item = await self._link.next_report(_POLL_SECONDS)
+            if item is None:
+                continue
+            worker, report = item
+            self._note(worker, report)
+            if report.kind == kind:
+                return worker, report
+
+    def _note(self, worker: int, report: Report) -> None:
+        """Keep account of who waits for an order, who is under way and who has left."""
+        if report.kind == ReportKind.PROGRESS:
+            self._emit("progress", {"worker": worker, "samples": report.samples})
+        elif report.kind == ReportKind.LEAVE:
+            self._present.discard(worker)
+            group = self._group(worker).value
+            self._emit("leave", {"worker": worker, "group": group} | _seconds(report))
+        else:
+            self._waiting.add(worker)
+
+    async def _interrupt(self) -> None:
+        """Save what is merged, then see the workers off."""
+        self._evaluator.cancel()  # on resume it is done again
+        self._writer.wait()
+        if any(self._unsaved.values()):
+            self._start_checkpoint()
+            self._writer.wait()
+        self._link.interrupt()
+        deadline = self._link.now() + _LEAVE_SECONDS
+        while self._present and self._link.now() < deadline:
+            for worker in sorted(self._waiting):
+                self._link.reply(worker, Order(OrderKind.STOP), None)
+            self._waiting.clear()
+            item = await self._link.next_report(_POLL_SECONDS)
+            if item is not None:
+                worker, report = item
+                self._note(worker, report)
+                if report.kind == ReportKind.COMMIT and self._settings.server.sync != "bsp":
+                    await self._link.receive(worker, self._versions.spare())
+
+    def _group(self, worker: int) -> Group:
+        return group_of(worker, self._link.workers + 1, self._plan.shares.small_workers)
+
+    def _factor(self, report: Report) -> float:
+        return self._plan.shares.factor(_trained_as(report))
+
+
+def _trained_as(report: Report) -> Group:
+    """Whose round a commit ends; mostly that of the worker's own group."""
+    return Group.SMALL if report.small else Group.LARGE
+
+
+def _seconds(report: Report) -> dict[str, float]:
+    """The report's times, by name."""
+    return {
+        name: round(value, 6) for name, value in vars(report).items() if name.endswith("_seconds")
+    }

@@ -1,0 +1,242 @@
+"""A worker's local steps: one round of SGD on its share of an epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpc_hdb.cluster.messages import Order, Report, ReportKind
+from hpc_hdb.config import Train
+from hpc_hdb.errors import UserError
+from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.train.loader import Loader
+from hpc_hdb.train.model import set_dropout
+from hpc_hdb.train.parameters import FlatModel
+
+_PROGRESS_SECONDS = 0.5
+
+T = TypeVar("T")
+
+
+def choose_precision(settings: Train, device: torch.device) -> torch.dtype:
+    """The arithmetic type: as set, or bf16 on a GPU that has it and float32 elsewhere.
+
+    Raises
+    ------
+    UserError
+        For fp16 on the CPU, which has no loss scaling.
+    """
+    if settings.precision == "fp16" and device.type != "cuda":
+        raise UserError('train.precision = "fp16" needs a GPU: use "bf16" or "fp32" on the CPU')
+    if settings.precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        settings.precision
+    ]
+
+
+class Trainer:
+    """Model, optimizer and loader of one worker.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On its device; becomes views of one buffer (see `FlatModel`).
+    loader : Loader
+        Of the training split.
+    samples : int
+        ``D``, size of the training split.
+    settings : Train
+    seed : int
+        Of the run: order of samples, augmentation, dropout.
+    """
+
+    def __init__(
+        self, model: nn.Module, loader: Loader, samples: int, settings: Train, seed: int
+    ) -> None:
+        self.parameters = FlatModel(model)
+        self.model = model
+        self.device = self.parameters.flat.device
+        self._loader = loader
+        self._samples = samples
+        self._settings = settings
+        self._seed = seed
+        self._dtype = choose_precision(settings, self.device)
+        self._scaler = torch.amp.GradScaler(enabled=self._dtype == torch.float16)
+        self._optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=0.0,  # set by each round's order; profiling leaves the weights alone
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov and settings.momentum > 0,
+        )
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._resolution = 0
+
+    def train_round(
+        self, order: Order, interrupted: Callable[[], bool], progress: Callable[[Report], None]
+    ) -> Report | None:
+        """Train the samples of `order`.
+
+        Parameters
+        ----------
+        interrupted : callable
+            Asked after every step; if it says so the round is given up.
+        progress : callable
+            Given a PROGRESS report now and then.
+
+        Returns
+        -------
+        Report or None
+            The COMMIT report; None when interrupted.
+
+        Raises
+        ------
+        UserError
+            If the loss is no longer finite, or a batch does not fit the GPU.
+        """
+        report = Report(ReportKind.COMMIT, order.small, order.index)
+        report.rebuild_seconds = self._enter_stage(order)
+        if not self._settings.keep_momentum:
+            self._optimizer.state.clear()
+        sizes = split_evenly(order.end - order.begin, order.batch)
+        indices = self._epoch_order(order.epoch)[order.begin : order.end]
+        seed = self._round_seed(order)
+        torch.manual_seed(seed)
+        self.model.train()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        start = reported = time.perf_counter()
+        try:
+            batches = _Timed(self._loader.batches(indices, sizes, order.resolution, seed))
+            for images, labels in batches:
+                totals += self.step(images, labels)
+                report.steps += 1
+                report.samples += len(labels)
+                if interrupted():
+                    return None
+                if time.perf_counter() - reported > _PROGRESS_SECONDS:
+                    reported = time.perf_counter()
+                    progress(Report(ReportKind.PROGRESS, samples=report.samples))
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                f"a batch of {order.batch} images at {order.resolution}x{order.resolution} does "
+                "not fit the GPU: lower schedule.large_batch, or find what fits with 'hdb profile'"
+            ) from None
+        report.loss, correct = totals.tolist()
+        report.correct = int(correct)
+        report.data_seconds = batches.seconds
+        report.train_seconds = time.perf_counter() - start - batches.seconds
+        # The last step's overflow shows in the model alone, and would reach a checkpoint.
+        if not math.isfinite(report.loss) or not math.isfinite(self.parameters.flat.sum()):
+            raise UserError(
+                f"training diverged (loss {report.loss / max(report.samples, 1):g}) in epoch "
+                f"{order.epoch}, stage {order.stage} (learning rate {order.learning_rate:g}, "
+                f"{order.resolution}x{order.resolution}): lower schedule.learning_rate and start "
+                "again; the checkpoints written before are good"
+            )
+        return report
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of SGD.
+
+        Parameters
+        ----------
+        images : Tensor, shape (b, 3, r, r), float32
+        labels : Tensor, shape (b,), int64
+
+        Returns
+        -------
+        Tensor, shape (2,)
+            Sum over the batch of the loss, and the number classified right.
+        """
+        # Here rather than at the end: the gradients' memory then serves the activations.
+        self._optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            scores = self.model(images)
+            if not isinstance(scores, Tensor):
+                scores = scores.logits  # Inception and GoogLeNet also return auxiliary scores
+            loss = functional.cross_entropy(scores, labels)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        correct = (scores.argmax(1) == labels).sum()
+        return torch.stack((loss.detach() * len(labels), correct.to(loss.dtype)))
+
+    def state(self) -> dict:
+        """What of this worker outlives a round and is not in the model's buffer."""
+        return {
+            "optimizer": self._optimizer.state_dict()["state"],
+            "scaler": self._scaler.state_dict(),
+            "buffers": self.parameters.integer_buffers(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` returned."""
+        current = self._optimizer.state_dict()
+        self._optimizer.load_state_dict(current | {"state": state["optimizer"]})
+        self._scaler.load_state_dict(state["scaler"])
+        for name, buffer in self.parameters.integer_buffers().items():
+            buffer.copy_(state["buffers"][name])
+
+    def sample_batches(
+        self, resolution: int, sizes: Sequence[int], seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the given sizes from the start of the data, over and over: for profiling."""
+        indices = np.arange(sum(sizes)) % self._samples
+        return self._loader.batches(indices, sizes, resolution, seed)
+
+    def _enter_stage(self, order: Order) -> float:
+        """Apply the stage's settings; the seconds it took."""
+        start = time.perf_counter()
+        set_dropout(self.model, order.dropout)
+        for group in self._optimizer.param_groups:
+            group["lr"] = order.learning_rate
+        if order.resolution != self._resolution:
+            self._loader.prepare(order.resolution, order.batch)
+            self._resolution = order.resolution
+        return time.perf_counter() - start
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of the samples, the same on every worker."""
+        if self._permutation[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._permutation = (epoch, generator.permutation(self._samples))
+        return self._permutation[1]
+
+    def _round_seed(self, order: Order) -> int:
+        """A seed of this round's own, whichever worker trains it and whatever came before."""
+        words = [self._seed, order.small, order.epoch, order.part, order.slot]
+        return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+
+class _Timed(Iterable[T]):
+    """Passes items on and adds up the seconds spent waiting for them."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self.seconds = 0.0
+        self._items = items
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(self._items)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - start
+            yield item

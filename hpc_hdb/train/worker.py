@@ -1,0 +1,65 @@
+"""The worker's loop: pull the global model, train a round, push the result."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from hpc_hdb.cluster.link import WorkerLink
+from hpc_hdb.cluster.messages import OrderKind, Report, ReportKind
+from hpc_hdb.train.checkpoint import load_worker_state, save_worker_state
+from hpc_hdb.train.trainer import Trainer
+
+
+async def run_worker(
+    link: WorkerLink,
+    trainer: Trainer,
+    bulk_synchronous: bool,
+    checkpoints: Path | None,
+    checkpoint_every: int,
+) -> None:
+    """Train rounds until the server says stop.
+
+    Parameters
+    ----------
+    link : WorkerLink
+    trainer : Trainer
+    bulk_synchronous : bool
+        Commit in a reduction with all workers (BSP) instead of alone (ASP, SSP).
+    checkpoints : Path or None
+        Where the optimizer's state is kept before each commit, so that a resumed run goes on
+        with it; None keeps nothing.
+    checkpoint_every : int
+        As in the settings: with how many of them.
+    """
+    model = trainer.parameters
+    order = await link.join(model.wire)
+    if checkpoints is not None and order.worker_commits:
+        state = load_worker_state(checkpoints, link.rank, order.worker_commits, trainer.device)
+        if state is not None:
+            trainer.restore(state)
+    while order.kind == OrderKind.TRAIN:
+        model.from_wire()
+        report = trainer.train_round(order, link.interrupted, link.progress)
+        if report is None:
+            break
+        report.train_seconds = await link.elapse(
+            order.predicted_seconds, report.train_seconds + report.data_seconds
+        )
+        model.to_wire()
+        if checkpoints is not None:
+            start = time.perf_counter()
+            number = order.worker_commits + 1
+            save_worker_state(checkpoints, link.rank, number, trainer.state(), checkpoint_every)
+            report.checkpoint_seconds = time.perf_counter() - start
+        _add_link_seconds(report, link)
+        commit = link.reduce if bulk_synchronous else link.exchange
+        order = await commit(report, model.wire)
+    last = Report(ReportKind.LEAVE)
+    _add_link_seconds(last, link)
+    await link.leave(last)
+
+
+def _add_link_seconds(report: Report, link: WorkerLink) -> None:
+    report.wait_seconds, link.wait_seconds = link.wait_seconds, 0.0
+    report.communicate_seconds, link.communicate_seconds = link.communicate_seconds, 0.0

@@ -1,0 +1,95 @@
+"""Shared by all tests: real commands, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+BIN = Path(sys.executable).parent
+
+TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
+"""A time model for the digits preset, so that a test's plan does not depend on the machine."""
+
+
+def environment() -> dict[str, str]:
+    """The environment of a rank: one thread, and an mpirun that works as root on few cores."""
+    return os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "COLUMNS": "100",
+        "PYTHONDONTWRITEBYTECODE": "1",  # tests compare what a run leaves in a folder
+    }
+
+
+def command(arguments: Sequence[str | Path], ranks: int = 0) -> list[str]:
+    """``hdb ...`` (or another program), under ``mpirun -n ranks`` where ranks is given."""
+    words = [str(word) for word in arguments]
+    if ranks:
+        assert shutil.which("mpirun", path=environment()["PATH"]), "no mpirun: pip install .[mpi]"
+        words = ["mpirun", "-n", str(ranks), *words]
+    return words
+
+
+def run(
+    *arguments: str | Path,
+    ranks: int = 0,
+    timeout: float = 120,
+    cwd: Path | None = None,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; its output is text."""
+    return subprocess.run(
+        command(arguments, ranks),
+        env=environment() | env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def succeed(*arguments: str | Path, **options) -> str:
+    """Run a command that must succeed; its standard output."""
+    done = run(*arguments, **options)
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def events(run_folder: Path) -> list[dict]:
+    """The raw event log, every line of it."""
+    lines = (run_folder / "events.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data.path in which the digits have been written once."""
+    from hpc_hdb.config import Data
+    from hpc_hdb.train.data import prepare_data
+
+    path = tmp_path_factory.mktemp("data")
+    prepare_data(Data(source="digits", path=path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The authors' plans, timings and runs; beside the project only where it is developed."""
+    path = SHARED / "reference"
+    if not path.is_dir():
+        pytest.skip("the authors' reference data is not beside this clone")
+    return path

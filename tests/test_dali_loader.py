@@ -1,0 +1,250 @@
+"""The DALI loader: the same batches as the torch loader, and its failures in the user's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed: its loader was not tested")
+
+from dali_pipelines import MEAN, STD, affine_matrices
+from hpc_hdb.config import Data, Train
+from hpc_hdb.errors import UserError
+from hpc_hdb.train import augment
+from hpc_hdb.train.dali_loader import DaliLoader
+from hpc_hdb.train.data import ImageArray, ImageFiles, scan_folder
+from hpc_hdb.train.loader import TorchLoader, make_loader
+
+CPU = torch.device("cpu")
+LEVEL = 1 / (255 * min(STD))
+"""One of 256 levels of brightness after normalisation."""
+FORMATS: list[tuple[str, str, dict]] = [
+    ("baseline.jpg", "RGB", {"quality": 90}),
+    ("progressive.jpg", "RGB", {"quality": 90, "progressive": True}),
+    ("grey.jpg", "L", {"quality": 90}),
+    ("cmyk.jpg", "CMYK", {"quality": 90}),
+    ("lossless.png", "RGB", {}),
+    ("transparent.png", "RGBA", {}),
+    ("really_png.jpg", "RGB", {"format": "PNG"}),
+]
+SIZES = [(48, 48), (60, 49), (45, 71), (31, 40)]  # not twice 32: Pillow would decode at half size
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """Soft coloured blobs; each seed's its own."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ImageFiles:
+    """Two classes, each of every format in every size: 56 files."""
+    for seed, (name, mode, options) in enumerate(FORMATS * len(SIZES) * 2):
+        path = tmp_path / f"class{seed % 2}" / f"{seed:02d}_{name}"
+        path.parent.mkdir(exist_ok=True)
+        size = SIZES[seed // len(FORMATS) % len(SIZES)]
+        picture(*size, seed).convert(mode).save(path, **options)
+    rotated = Image.Exif()
+    rotated[0x112] = 6  # a camera held sideways, which Pillow does not put right
+    picture(40, 60, 99).save(tmp_path / "class0" / "exif.jpg", quality=90, exif=rotated)
+    return scan_folder(tmp_path)
+
+
+def collect(
+    loader: DaliLoader | TorchLoader, indices: np.ndarray, sizes: list[int], seed: int = 0
+) -> tuple:
+    """All images and labels of a round at 32 pixels."""
+    batches = list(loader.batches(indices, sizes, 32, seed))
+    assert [len(labels) for _, labels in batches] == sizes
+    assert [tuple(images.shape) for images, _ in batches] == [(size, 3, 32, 32) for size in sizes]
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def shuffled(files: ImageFiles, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(len(files.paths))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_evaluation_gives_what_torch_gives(files: ImageFiles, threads: int) -> None:
+    indices, sizes = shuffled(files), [15, 14, 14, 14]
+    images, labels = collect(DaliLoader(files, threads, None, CPU), indices, sizes)
+    expected, expected_labels = collect(TorchLoader(files, 0, None, CPU), indices, sizes)
+    assert images.dtype == torch.float32
+    assert torch.equal(labels, expected_labels)
+    errors = (images - expected).abs().mean(dim=(1, 2, 3))
+    worst = files.paths[indices[errors.argmax()]]
+    assert errors.max() < LEVEL, worst
+
+
+def test_augmentation_maps_images_as_torch_does(files: ImageFiles) -> None:
+    """Away from the border, which the loaders fill differently, the same seed looks the same."""
+    indices, sizes = shuffled(files), [19, 19, 19]
+    images, _ = collect(DaliLoader(files, 1, Train(), CPU), indices, sizes, seed=7)
+    expected, _ = collect(TorchLoader(files, 0, Train(), CPU), indices, sizes, seed=7)
+    errors = (images - expected)[:, :, 8:24, 8:24].abs().mean(dim=(1, 2, 3))
+    assert errors.max() < LEVEL
+
+
+def test_seed_decides_the_augmentation(files: ImageFiles) -> None:
+    indices, sizes = shuffled(files), [29, 28]
+    loader = DaliLoader(files, 1, Train(), CPU)
+    first, _ = collect(loader, indices, sizes, seed=1)
+    other, _ = collect(loader, indices, sizes, seed=2)
+    again, _ = collect(loader, indices, sizes, seed=1)
+    elsewhere, _ = collect(DaliLoader(files, 2, Train(), CPU), indices, sizes, seed=1)
+    assert torch.equal(first, again)
+    assert torch.equal(first, elsewhere)
+    assert ((first - other).abs().mean(dim=(1, 2, 3)) > LEVEL).sum() > len(indices) / 2
+
+
+@pytest.mark.parametrize("augmentation", [None, Train(flip=False, rotation=0, zoom=0)])
+def test_nothing_random_without_augmentation(files: ImageFiles, augmentation: Train | None) -> None:
+    indices, sizes = shuffled(files), [29, 28]
+    loader = DaliLoader(files, 1, augmentation, CPU)
+    first, _ = collect(loader, indices, sizes, seed=1)
+    other, _ = collect(loader, indices, sizes, seed=2)
+    plain, _ = collect(DaliLoader(files, 1, None, CPU), indices, sizes)
+    assert torch.equal(first, other)
+    assert torch.allclose(first, plain, atol=1e-4)
+
+
+def test_flip_alone_mirrors_about_half_of_the_images(files: ImageFiles) -> None:
+    indices, sizes = shuffled(files), [29, 28]
+    loader = DaliLoader(files, 1, Train(flip=True, rotation=0, zoom=0), CPU)
+    images, _ = collect(loader, indices, sizes, seed=3)
+    plain, _ = collect(DaliLoader(files, 1, None, CPU), indices, sizes)
+    same = [torch.allclose(a, b, atol=1e-3) for a, b in zip(images, plain, strict=True)]
+    mirrored = [torch.allclose(a, b.flip(2), atol=1e-3) for a, b in zip(images, plain, strict=True)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True))
+    assert 15 < sum(mirrored) < 42
+
+
+def test_resolution_switches_back_and_forth(files: ImageFiles) -> None:
+    indices = shuffled(files)[:12]
+    loader = DaliLoader(files, 1, Train(), CPU)
+    reference = {}
+    for resolution in (24, 32, 40, 24, 32, 40):
+        loader.prepare(resolution, 6)
+        images = torch.cat([images for images, _ in loader.batches(indices, [6, 6], resolution, 5)])
+        assert images.shape == (12, 3, resolution, resolution)
+        assert torch.equal(images, reference.setdefault(resolution, images))
+
+
+@pytest.mark.parametrize("sizes", [[1], [3], [9], [5, 4], [2] * 5, [1] * 12])
+def test_batches_larger_than_prepared_for(files: ImageFiles, sizes: list[int]) -> None:
+    indices = shuffled(files)[: sum(sizes)]
+    loader = DaliLoader(files, 1, Train(), CPU)
+    loader.prepare(32, 2)
+    _, labels = collect(loader, indices, sizes)
+    assert labels.tolist() == files.labels[indices].tolist()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 5])
+def test_an_abandoned_round_leaves_nothing_behind(files: ImageFiles, taken: int) -> None:
+    indices, sizes = shuffled(files)[:20], [4] * 5
+    expected, expected_labels = collect(DaliLoader(files, 1, Train(), CPU), indices, sizes, seed=1)
+    loader = DaliLoader(files, 1, Train(), CPU)
+    abandoned = loader.batches(shuffled(files, 1)[:20], sizes, 32, 2)
+    for _ in range(taken):
+        next(abandoned)
+    for _ in range(2):
+        images, labels = collect(loader, indices, sizes, seed=1)
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_batches_stay_as_they_were_given(files: ImageFiles) -> None:
+    batches = DaliLoader(files, 1, None, CPU).batches(shuffled(files), [19, 19, 19], 32, 0)
+    first, _ = next(batches)
+    copy = first.clone()
+    for _ in batches:
+        assert torch.equal(first, copy)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def write_text(path: Path) -> None:
+    path.write_text("this is no image\n" * 20)
+
+
+def corrupt(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[2:300] = bytes(298)
+    path.write_bytes(content)
+
+
+def to_gif(path: Path) -> None:
+    picture(40, 40, 0).save(path, format="GIF")
+
+
+BREAKAGES: list[tuple[Callable[[Path], None], str]] = [
+    (truncate, "truncated"),
+    (write_text, "not an image"),
+    (corrupt, "replace or remove the file"),
+    (lambda path: path.write_bytes(b""), "not an image"),
+    (to_gif, 'data.loader to "torch"'),
+    (Path.unlink, "vanished"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BREAKAGES)
+@pytest.mark.parametrize("position", [0, 13])
+def test_an_unreadable_file_is_named(
+    files: ImageFiles, damage: Callable[[Path], None], message: str, position: int
+) -> None:
+    indices, sizes = shuffled(files)[:20], [5] * 4
+    culprit = files.paths[indices[position]]
+    damage(Path(culprit))
+    loader = DaliLoader(files, 1, Train(), CPU)
+    with pytest.raises(UserError) as caught:
+        list(loader.batches(indices, sizes, 32, 0))
+    assert culprit in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    readable = np.delete(indices, position)
+    _, labels = collect(loader, readable, [10, 9])
+    assert labels.tolist() == files.labels[readable].tolist()
+
+
+def test_an_abandoned_round_with_an_unreadable_file(files: ImageFiles) -> None:
+    indices = shuffled(files)[:20]
+    write_text(Path(files.paths[indices[5]]))
+    loader = DaliLoader(files, 1, None, CPU)
+    abandoned = loader.batches(indices, [5] * 4, 32, 0)
+    next(abandoned)
+    _, labels = collect(loader, indices[10:], [5, 5])
+    assert labels.tolist() == files.labels[indices[10:]].tolist()
+
+
+def test_make_loader(files: ImageFiles) -> None:
+    """DALI where it is asked for, or where a GPU waits for files; never for images in memory."""
+    images = ImageArray(["a"], np.zeros(1, np.int64), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    cuda = torch.device("cuda", 0)
+    assert isinstance(make_loader(files, Data(loader="dali"), None, CPU), DaliLoader)
+    assert isinstance(make_loader(files, Data(loader="auto"), None, cuda), DaliLoader)
+    assert isinstance(make_loader(files, Data(loader="auto"), None, CPU), TorchLoader)
+    assert isinstance(make_loader(files, Data(loader="torch"), None, cuda), TorchLoader)
+    assert isinstance(make_loader(images, Data(loader="auto"), None, CPU), TorchLoader)
+    with pytest.raises(UserError, match="in memory"):
+        make_loader(images, Data(loader="dali", source="cifar10"), None, CPU)
+
+
+def test_affine_matrices_keep_the_centre_and_mirror_the_corners() -> None:
+    matrices = affine_matrices(
+        np.array([False, True, False]), np.array([0.3, 0, 0]), np.array([1.2, 1, 0.5]), side=8
+    )
+    assert matrices.dtype == np.float32
+    np.testing.assert_allclose(matrices @ [4, 4, 1], np.full((3, 2), 4), rtol=1e-6)
+    np.testing.assert_allclose(matrices[1] @ [0, 0, 1], [8, 0], atol=1e-6)
+    np.testing.assert_allclose(matrices[2] @ [0, 0, 1], [2, 2], atol=1e-6)
+
+
+def test_both_loaders_normalise_alike() -> None:
+    assert (MEAN, STD) == (augment.MEAN, augment.STD)

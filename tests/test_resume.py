@@ -1,0 +1,252 @@
+"""Runs over MPI that are interrupted or killed, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import succeed
+from endings import Job, assert_refusal, contents, sets
+from programs.runs import PROGRAMS, assert_same_bits, final_model, leads
+
+from hpc_hdb.report.events import read_events
+from hpc_hdb.train.checkpoint import Checkpoint, load_checkpoint
+
+RANKS = 3
+KILLS = 20
+SAMPLES = 240
+
+COMMON = sets(
+    "data.source=synthetic",
+    f"data.synthetic_samples={SAMPLES}",
+    "data.synthetic_side=16",
+    "plan.workers=2",
+    "plan.timing={12=[4e-4,2e-3],16=[7e-4,2e-3]}",
+    "schedule.resolutions=[12,16]",
+    "schedule.dropout=[0.0,0.2]",
+    "server.commits_per_epoch=2",
+)
+SLOW = sets(
+    "model.name=models:watched",
+    "schedule.large_batch=[8,8]",
+    "schedule.epochs=8",
+    "schedule.milestones=[4]",
+)
+"""With SLOW=1 rank 1 takes a quarter of a second a round, and rank 2 waits for it."""
+FAST = sets(
+    "model.name=models:heavy",
+    "schedule.large_batch=[32,32]",
+    "schedule.epochs=60",
+    "schedule.milestones=[30]",
+    "run.evaluate_every=10",
+    "server.sync=bsp",
+)
+"""Rounds of some milliseconds, with checkpoints that take longer."""
+
+
+def train(*overrides: str, output: Path, **env: str) -> Job:
+    """A new run under way."""
+    arguments = ("digits", *COMMON, *overrides, "--set", f"run.output={output}")
+    return Job("hdb", "train", *arguments, ranks=RANKS, cwd=PROGRAMS, **env)
+
+
+def resume(run: Path, ranks: int = RANKS, **env: str) -> Job:
+    """A run going on."""
+    return Job("hdb", "train", "--resume", run, ranks=ranks, cwd=PROGRAMS, **env)
+
+
+def commits_of(run: Path) -> list[dict]:
+    """The commits that hold."""
+    return [event for event in read_events(run) if event["event"] == "commit"]
+
+
+def train_on(job: Job, run: Path, life: int, commits: int) -> None:
+    """Wait until training has begun for the `life`-th time and so many commits were made."""
+
+    def happened() -> bool:
+        if not (run / "events.jsonl").exists():
+            return False
+        *_, log = (run / "events.jsonl").read_text().rpartition('{"event": "start"')
+        return starts(run) == life and log.count('{"event": "commit"') >= commits
+
+    job.until(happened)
+
+
+def starts(run: Path) -> int:
+    return (run / "events.jsonl").read_text().count('{"event": "start"')
+
+
+def processes(job: Job) -> list[int]:
+    """mpirun and the ranks, in their order."""
+    parent = job.process.pid
+    ranks = {}
+    for file in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in file.read_text().split():
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            values = dict(entry.partition(b"=")[::2] for entry in environment)
+            ranks[int(values[b"OMPI_COMM_WORLD_RANK"])] = int(child)
+    assert sorted(ranks) == list(range(RANKS))
+    return [parent, *(ranks[rank] for rank in range(RANKS))]
+
+
+def assert_whole(run: Path) -> Checkpoint:
+    """No file in `run` is damaged; its newest checkpoint."""
+    files = sorted((run / "checkpoint").glob("[0-9]*.pt"))
+    for file in files:
+        values = torch.load(file, weights_only=True)
+        assert values["sha256"] == hashlib.sha256(values["model"].numpy()).hexdigest()
+    for file in (run / "checkpoint").glob("worker-*.pt"):
+        torch.load(file, weights_only=True)
+    newest = torch.load(files[-1], weights_only=True)
+    checkpoint = load_checkpoint(run / "checkpoint", newest["signature"])
+    assert checkpoint.rounds["commits"] == newest["rounds"]["commits"]
+    return checkpoint
+
+
+def assert_complete(run: Path, epochs: int) -> None:
+    """The log reads as that of one run: every commit, every sample once an epoch."""
+    commits = commits_of(run)
+    assert [commit["commit"] for commit in commits] == list(range(1, 4 * epochs + 1))
+    visits = np.zeros((epochs, SAMPLES), dtype=int)
+    for commit in commits:
+        visits[commit["epoch"], commit["begin"] : commit["end"]] += 1
+    assert (visits == 1).all()
+
+
+def assert_interrupted(job: Job, run: Path, number: signal.Signals) -> None:
+    """It ends by itself, with a checkpoint, and says how to go on."""
+    ending = job.end()
+    assert ending.status == 128 + number
+    assert ending.lines == []
+    assert ending.out.rstrip().split("\n")[-1].endswith(f"hdb train --resume {run}")
+    *_, last = read_events(run)
+    assert (last["event"], last["signal"]) == ("interrupted", number.name)
+    assert assert_whole(run).rounds["commits"] == commits_of(run)[-1]["commit"]
+
+
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL to all ranks and mpirun at random moments, resumed each time."""
+    train_whole = train(*FAST, output=tmp_path / "whole")
+    assert train_whole.end().status == 0
+    run = tmp_path / "killed"
+    dice = random.Random()
+    print("seed", seed := dice.randrange(10**6))
+    dice.seed(seed)
+    for life in range(1, KILLS + 1):
+        job = train(*FAST, output=run) if life == 1 else resume(run)
+        # A third commit is the second of some worker: by then a checkpoint must be whole.
+        train_on(job, run, life, commits=dice.randrange(3, 8))
+        time.sleep(dice.uniform(0, 0.05))
+        victims = processes(job)
+        dice.shuffle(victims)
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        assert job.end().status == -signal.SIGKILL
+        checkpoint = assert_whole(run)
+        made = Counter(commit["worker"] for commit in commits_of(run))
+        for worker, saved in checkpoint.worker_commits.items():
+            assert made[worker] - saved in (0, 1), (life, made, checkpoint.worker_commits)
+        if life == 1:  # as if it had come before the first checkpoint was whole
+            for file in (run / "checkpoint").glob("[0-9]*.pt"):
+                file.unlink()
+    assert resume(run).end().status == 0
+    assert_complete(run, epochs=60)
+    assert_same_bits(final_model(run), final_model(tmp_path / "whole"))
+    assert not list(run.rglob("*.part"))
+    for folder in (tmp_path / "whole", run):
+        log = [event for event in read_events(folder) if event["event"] == "evaluation"]
+        assert [int(event["epoch"]) // 10 for event in log] == list(range(1, 7))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BSP run that was interrupted in many ways, each time in the middle of a round."""
+    here = tmp_path_factory.mktemp("interrupted")
+    run = here / "run"
+    watch = {"SLOW": "1", "WATCH": str(here)}
+    for life, (target, number) in enumerate(
+        [
+            (1, signal.SIGUSR1),
+            (0, signal.SIGUSR1),
+            (0, signal.SIGTERM),
+            (2, signal.SIGKILL),
+        ],
+        start=1,
+    ):
+        if life == 1:
+            job = train(*SLOW, "--set", "server.sync=bsp", output=run, **watch)
+        else:
+            job = resume(run, **watch)
+        train_on(job, run, life, commits=2)
+        time.sleep(0.1)
+        os.kill(processes(job)[target], number)
+        if target == 1 or number == signal.SIGUSR1:
+            assert_interrupted(job, run, number)
+        else:  # mpirun ends the ranks itself and passes nothing on that they say
+            assert job.end().status != 0
+            assert_whole(run)
+        if life == 2:
+            cut_newest_checkpoint(run)
+    assert resume(run, **watch).end().status == 0
+    trained = len((here / "1").read_text().splitlines())
+    committed = sum(commit["steps"] for commit in commits_of(run) if commit["worker"] == 1)
+    assert trained > committed, "no round was interrupted"
+    return run
+
+
+def cut_newest_checkpoint(run: Path) -> None:
+    newest = max((run / "checkpoint").glob("[0-9]*.pt"))
+    os.truncate(newest, newest.stat().st_size // 2)
+
+
+def test_interrupts_change_nothing(finished: Path, tmp_path: Path) -> None:
+    assert_complete(finished, epochs=8)
+    whole = tmp_path / "whole"
+    overrides = (*COMMON, *SLOW, *sets("server.sync=bsp", f"run.output={whole}"))
+    succeed("hdb", "simulate", "digits", *overrides, cwd=PROGRAMS)
+    assert_same_bits(final_model(finished), final_model(whole))
+
+
+def test_a_finished_run_has_nothing_to_resume(finished: Path) -> None:
+    before = contents(finished)
+    ending = resume(finished).end()
+    assert ending.status == 0
+    assert ending.lines == []
+    assert ending.out == f"{finished} has finished: nothing to resume; see hdb report {finished}\n"
+    after = contents(finished)
+    assert before.pop(".lock") != after.pop(".lock")
+    assert before == after
+
+
+def test_another_number_of_ranks_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "unfinished"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    told = f"{run} was started with 3 ranks: resume it with mpirun -n 3, not 2"
+    assert_refusal(resume(run, ranks=2).end(), told)
+
+
+@pytest.mark.parametrize(("sync", "bound"), [("asp", 1000), ("ssp", 0)])
+def test_commits_on_their_own_are_resumed(sync: str, bound: int, tmp_path: Path) -> None:
+    """In SSP the signal comes while the fast worker is held back."""
+    run = tmp_path / "run"
+    settings = sets(f"server.sync={sync}", "server.staleness=0")
+    job = train(*SLOW, *settings, output=run, SLOW="1")
+    train_on(job, run, 1, commits=5)
+    time.sleep(0.1)
+    os.kill(processes(job)[1], signal.SIGTERM)
+    assert_interrupted(job, run, signal.SIGTERM)
+    before = len(commits_of(run))
+    assert resume(run, SLOW="1").end().status == 0
+    assert_complete(run, epochs=8)
+    assert before < len(commits_of(run))
+    assert max(leads(commits_of(run))) <= bound

@@ -1,0 +1,118 @@
+"""Slow workers, on the virtual clock: who runs ahead in ASP, and how far in SSP."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from programs.runs import PROGRAMS, leads
+
+from hpc_hdb.cluster.virtual import VirtualCluster
+from hpc_hdb.config import Settings, parse_settings
+from hpc_hdb.run.build import make_evaluator, make_trainer
+from hpc_hdb.run.planning import known_timing, make_plan
+from hpc_hdb.train.checkpoint import load_checkpoint
+from hpc_hdb.train.data import open_data
+from hpc_hdb.train.server import Interrupted, ParameterServer
+from hpc_hdb.train.worker import run_worker
+
+SLOWNESS = (1, 1, 6)
+
+
+def settings_for(sync: str, staleness: int = 1) -> Settings:
+    values = {
+        "data": {"source": "synthetic", "synthetic_samples": 60, "synthetic_side": 8},
+        "model": {"name": "models:tiny"},
+        "plan": {"small_workers": 0, "timing": {"8": [1e-3, 1e-3]}},
+        "schedule": {"epochs": 4, "resolutions": [8], "large_batch": [10]},
+        "server": {"sync": sync, "staleness": staleness, "commits_per_epoch": 2},
+    }
+    return parse_settings(values, "test")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The models are looked for in the current folder; more threads only slow these down."""
+    monkeypatch.chdir(PROGRAMS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Run:
+    """One or more lives of a run of three workers; rank 3 is slow."""
+
+    def __init__(self, settings: Settings, folder: Path | None = None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.commits: list[dict] = []
+        self.seconds = 0.0
+
+    def live(self, until: int | None = None) -> None:
+        """Train to the end, or until a signal after so many commits; then go on."""
+        data = open_data(self.settings.data, "train")
+        cpu = torch.device("cpu")
+        evaluator = make_evaluator(self.settings, cpu, data.classes)
+        timing = known_timing(self.settings)
+        assert timing is not None
+        plan = make_plan(self.settings, len(SLOWNESS), len(data.labels), timing)
+        cluster = VirtualCluster(len(SLOWNESS), SLOWNESS)
+        server = ParameterServer(
+            cluster.server,
+            plan,
+            self.settings,
+            evaluator.parameters.flat.clone(),
+            evaluator,
+            lambda name, values: self.commits.append(values) if name == "commit" else None,
+            self.folder,
+            lambda: 15 if until is not None and len(self.commits) >= until else 0,
+            inline=True,
+        )
+        if self.commits:
+            assert self.folder is not None
+            checkpoint = load_checkpoint(self.folder, evaluator.parameters.signature)
+            assert checkpoint.rounds["commits"] == len(self.commits), "a signal loses nothing"
+            server.resume(checkpoint, 0)
+        workers = [
+            run_worker(link, make_trainer(self.settings, data, cpu), False, self.folder, 1)
+            for link in cluster.workers
+        ]
+        cluster.run(server.run(), workers)
+        self.seconds = cluster.time
+
+
+def test_asp_lets_the_fast_run_ahead() -> None:
+    run = Run(settings_for("asp"))
+    run.live()
+    rounds = Counter(commit["worker"] for commit in run.commits)
+    assert rounds.total() == 24
+    assert min(rounds[1], rounds[2]) >= 4 * rounds[3] > 0
+    assert max(leads(run.commits)) > 4
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_ssp_holds_the_fast_at_its_bound(staleness: int) -> None:
+    run, free = Run(settings_for("ssp", staleness)), Run(settings_for("asp"))
+    run.live()
+    free.live()
+    assert len(run.commits) == 24
+    assert max(leads(run.commits)) == staleness
+    assert run.seconds > free.seconds
+    waited = Counter()
+    for commit in run.commits:
+        waited[commit["worker"]] += commit["wait_seconds"]
+    assert min(waited[1], waited[2]) > waited[3] == 0
+
+
+@pytest.mark.parametrize("until", range(1, 24, 3))
+def test_ssp_keeps_its_bound_through_a_resume(until: int, tmp_path: Path) -> None:
+    run = Run(settings_for("ssp"), tmp_path)
+    with pytest.raises(Interrupted):
+        run.live(until)
+    run.live()
+    assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
+    assert max(leads(run.commits)) == 1
