@@ -30,7 +30,8 @@ from hpc_hdb.errors import UserError
 _REPORT, _MODEL, _ORDER, _MERGED, _INTERRUPT = range(1, 6)
 
 _LAUNCHER = os.getppid()
-_SPIN_SECONDS = 0.005
+_SPIN_SECONDS = 0.02
+"""Longer than a commit's transfer and merge take; a rank that waits yields its core meanwhile."""
 _LONGEST_SLEEP = 0.001
 
 

@@ -120,13 +120,12 @@ class Progress:
         self._workers.clear()
         self._live.stop()
 
-    def interrupted(self, folder: Path) -> None:
-        """Say how to go on after a signal."""
+    def interrupted(self, folder: Path, saved: bool) -> None:
+        """Say how to go on after a signal, and whether there is a checkpoint to go on from."""
         self.close()
         again = shlex.quote(str(folder))
-        self.note(
-            f"interrupted; checkpoint written. Go on, started as before: hdb train --resume {again}"
-        )
+        state = "checkpoint written" if saved else "nothing was merged yet"
+        self.note(f"interrupted; {state}. Go on, started as before: hdb train --resume {again}")
 
     def end(self, summary: dict[str, Any], folder: Path) -> None:
         """Show the results."""

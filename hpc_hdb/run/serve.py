@@ -89,7 +89,7 @@ def serve(
     except Interrupted as interruption:
         log.emit("interrupted", {"signal": signal.Signals(interruption.signal_number).name})
         log.close()
-        progress.interrupted(folder.path)
+        progress.interrupted(folder.path, has_checkpoint(folder.checkpoints))
         return 128 + interruption.signal_number
     finally:
         progress.close()

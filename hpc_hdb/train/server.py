@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpc_hdb.cluster.link import ServerLink
@@ -95,6 +96,7 @@ class ParameterServer:
         self._evaluated = -1
         self._evaluations: Background[Evaluation] = Background(inline)
         self._writer: Background[Path] = Background(inline)
+        self._inline = inline
 
     def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
         """Go on from a checkpoint, before `run`.
@@ -125,6 +127,9 @@ class ParameterServer:
         Interrupted
             After a signal, once the checkpoint is written and the workers have left.
         """
+        if not self._inline:
+            # Merges are bound by memory, and the worker that waits for one polls on some core.
+            torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         try:
             while self._waiting < self._active:
                 await self._next_report(ReportKind.JOIN)
