@@ -1,8 +1,9 @@
 """Epoch times that the model ``t(b) = a*b + c`` predicts, beside real epochs.
 
-A profile as `hdb profile` makes it, then an epoch with the large and one with the small batch of
-the dual-batch plan, at each resolution, several times in turn. Peer: the naive model without the
-intercept, time in proportion to images, taken from the largest batch.
+An epoch with the large batch of the dual-batch plan, a profile as `hdb profile` makes it, and an
+epoch with the small batch, at each resolution, many times in turn: each prediction is compared with
+the epoch beside it, since even an idle machine is faster one minute than the next. Peer: the naive
+model without the intercept, time in proportion to images, taken from the largest batch.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Epochs:
     naive: list[float] = field(default_factory=list)
 
     def error(self, predicted: list[float]) -> float:
-        """Relative distance of the predictions from what was measured, by medians."""
-        return statistics.median(predicted) / statistics.median(self.measured) - 1
+        """Relative distance of the predictions from what was measured beside them, the median."""
+        pairs = zip(predicted, self.measured, strict=True)
+        return statistics.median(guess / real - 1 for guess, real in pairs)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -71,28 +73,34 @@ def epoch_seconds(trainer: Trainer, samples: int, batch: int, resolution: int) -
     return report.train_seconds + report.data_seconds
 
 
+def plan_batches(options: argparse.Namespace, trainer: Trainer, side: int) -> tuple[int, int]:
+    """Large and small batch at a resolution, by a first profile."""
+    timing = profile_resolution(trainer, side, options.large_batch)
+    plan = plan_dual_batch(
+        timing.fit.line,
+        timing.large_batch,
+        options.samples,
+        options.workers,
+        options.small_workers,
+        options.time_ratio,
+    )
+    return timing.large_batch, plan.small_batch
+
+
 def measure(options: argparse.Namespace, trainer: Trainer) -> dict[tuple[int, int], Epochs]:
     """Epochs by resolution and batch size."""
     results: dict[tuple[int, int], Epochs] = defaultdict(Epochs)
-    small: dict[int, int] = {}
+    batches = {side: plan_batches(options, trainer, side) for side in options.resolutions}
     for _ in range(options.repeats):
-        for side in options.resolutions:
-            timing = profile_resolution(trainer, side, options.large_batch)
-            largest, line = timing.large_batch, timing.fit.line
-            if side not in small:  # later profiles differ a little; the batch must not
-                small[side] = plan_dual_batch(
-                    line,
-                    largest,
-                    options.samples,
-                    options.workers,
-                    options.small_workers,
-                    options.time_ratio,
-                ).small_batch
-            for batch in (largest, small[side]):
+        for side, (largest, small) in batches.items():
+            large_seconds = epoch_seconds(trainer, options.samples, largest, side)
+            timing = profile_resolution(trainer, side, largest)
+            small_seconds = epoch_seconds(trainer, options.samples, small, side)
+            for batch, seconds in ((largest, large_seconds), (small, small_seconds)):
                 steps = len(split_evenly(options.samples, batch))
                 epochs = results[side, batch]
-                epochs.measured.append(epoch_seconds(trainer, options.samples, batch, side))
-                epochs.predicted.append(line.of_steps(options.samples, steps))
+                epochs.measured.append(seconds)
+                epochs.predicted.append(timing.fit.line.of_steps(options.samples, steps))
                 epochs.naive.append(timing.points[-1][1] / largest * options.samples)
     return results
 
@@ -102,11 +110,11 @@ def main() -> None:
     parser.add_argument("--model", default="resnet8", help="to train")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[24, 32], help="of images")
     parser.add_argument("--large-batch", type=int, default=256, help="largest batch to try")
-    parser.add_argument("--samples", type=int, default=4096, help="images of an epoch")
+    parser.add_argument("--samples", type=int, default=2048, help="images of an epoch")
     parser.add_argument("--workers", type=int, default=4, help="of the plan")
     parser.add_argument("--small-workers", type=int, default=2, help="of the plan")
     parser.add_argument("--time-ratio", type=float, default=1.05, help="k of the plan")
-    parser.add_argument("--repeats", type=int, default=5, help="profiles, and epochs of each kind")
+    parser.add_argument("--repeats", type=int, default=11, help="profiles, and epochs of each kind")
     options = parser.parse_args()
     sheet = Sheet("batch_time")
     settings = settings_of(options)
@@ -131,7 +139,10 @@ def main() -> None:
         )
     head = [f"{options.model}, epoch", "measured", "predicted: a*b + c", "naive: in proportion", ""]
     sheet.table(head, rows)
-    sheet.line(f"Medians of {options.repeats} repeats, {options.samples} images an epoch.")
+    sheet.line(
+        f"Medians of {options.repeats} repeats, {options.samples} images an epoch; the errors are "
+        "medians of those of neighbours."
+    )
     if options.save:
         sheet.save()
 

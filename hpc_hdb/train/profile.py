@@ -31,7 +31,8 @@ def measure_steps(
 ) -> list[float]:
     """Median time of a whole step, loading included, at each batch size.
 
-    The sizes take turns, so that a disturbance of the machine falls on all of them.
+    The sizes take turns, so that a disturbance of the machine falls on all of them. The first
+    half of a turn, slower after another size's steps, does not count: a round has one size.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def measure_steps(
     sizes : list of int
         Batch sizes.
     seconds, repeats : float, int
-        Each size is measured at least `repeats` times and until `seconds` are spent on it.
+        Each size has `repeats` turns, in which it is measured for about `seconds` altogether.
 
     Returns
     -------
@@ -50,11 +51,12 @@ def measure_steps(
     """
     trainer.model.train()
     times: list[list[float]] = [[] for _ in sizes]
-    for size in sizes:
-        _timed_steps(trainer, resolution, size, 1)
-    while any(len(spent) < repeats or sum(spent) < seconds for spent in times):
-        for size, spent in zip(sizes, times, strict=True):
-            spent += _timed_steps(trainer, resolution, size, 2)
+    # The first step ever also sets up memory and kernels, so the second one gives the guess.
+    guesses = [_timed_steps(trainer, resolution, size, 2)[1] for size in sizes]
+    counts = [max(1, round(seconds / repeats / guess)) for guess in guesses]
+    for _ in range(repeats):
+        for size, count, spent in zip(sizes, counts, times, strict=True):
+            spent += _timed_steps(trainer, resolution, size, 2 * count)[count:]
     return [statistics.median(spent) for spent in times]
 
 
@@ -123,7 +125,7 @@ class Timing:
 
 
 def profile_resolution(
-    trainer: Trainer, resolution: int, bound: int, seconds: float = 1.0, repeats: int = 5
+    trainer: Trainer, resolution: int, bound: int, seconds: float = 1.5, repeats: int = 4
 ) -> Timing:
     """Find the largest batch up to `bound` and fit the time model below it."""
     if trainer.device.type == "cuda":
