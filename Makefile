@@ -54,6 +54,8 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/commit.py
 	$(BIN)/python benchmarks/worker_overhead.py
 	$(BIN)/python benchmarks/batch_time.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/resolution_switch.py
 	$(BIN)/python benchmarks/end_to_end.py
 
 docs: .venv/installed-docs

@@ -39,6 +39,9 @@ class NoEvaluator:
     def evaluate(self, model: Tensor) -> Evaluation:
         return Evaluation(accuracy=0.0, loss=0.0, seconds=0.0)
 
+    def left_out(self) -> list[str]:
+        return []
+
 
 def hdb_commits(
     comm: MPI.Intracomm, model: Tensor, settings: Settings, pause: float

@@ -1,11 +1,5 @@
-"""NVIDIA DALI pipelines that read, decode and augment images; usable without hpc_hdb."""
+"""NVIDIA DALI pipelines that decode and augment images at a cycling resolution.
 
-from dali_pipelines.classification import (
-    MEAN,
-    STD,
-    affine_matrices,
-    evaluation_pipeline,
-    training_pipeline,
-)
-
-__all__ = ["MEAN", "STD", "affine_matrices", "evaluation_pipeline", "training_pipeline"]
+Usable without hpc_hdb: `classification` builds pipelines, `cyclic` feeds them through the stages of
+a schedule, `feed` keeps one fed, `shards` reads and writes packed image folders (without DALI).
+"""

@@ -1,4 +1,4 @@
-"""Image files to normalised batches for classification, on the CPU or a GPU.
+"""Encoded images to normalised batches for classification, on the CPU or a GPU.
 
 Both pipelines resize the shorter side to the resolution and crop the centre. Training then
 applies one affine map per image, given by the caller: nothing in a pipeline is random, so the
@@ -7,14 +7,12 @@ same input gives the same batch whatever ran before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.fn.io.file import read as read_files
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 MEAN = (0.485, 0.456, 0.406)
@@ -24,20 +22,23 @@ STD = (0.229, 0.224, 0.225)
 
 
 def training_pipeline(
-    source: Callable[[], tuple[Sequence[str], np.ndarray]],
+    source: Callable[[], tuple[Sequence[np.ndarray], np.ndarray]],
     resolution: int,
     largest_batch: int,
     threads: int,
     device_id: int | None = None,
+    warp: bool = True,
 ) -> Pipeline:
-    """Read, decode, resize, crop, warp and normalise.
+    """Decode, resize, crop, flip or warp, and normalise.
 
     Parameters
     ----------
     source : callable
-        Gives the next batch, at most `largest_batch` images: their paths, and the maps of
-        `affine_matrices`, an ndarray of shape (b, 2, 3), float32. Raises StopIteration at the
-        end; after ``pipeline.reset()`` it is asked again.
+        Gives the next batch, at most `largest_batch` images: the bytes of their JPEG or PNG
+        files, ndarrays of uint8 with one dimension; and the maps of `affine_matrices`, an ndarray
+        of shape (b, 2, 3), float32, or, without `warp`, which images to flip left and right, of
+        shape (b,), int32, 0 or 1. Raises StopIteration at the end; after ``pipeline.reset()`` it
+        is asked again.
     resolution : int
         Side of the images given out, in pixels.
     largest_batch : int
@@ -45,6 +46,8 @@ def training_pipeline(
         CPU threads, at least 1.
     device_id : int or None
         The GPU that decodes and warps; None for the CPU.
+    warp : bool
+        Whether images are rotated and zoomed as well as flipped, which resamples them once more.
 
     Returns
     -------
@@ -54,40 +57,37 @@ def training_pipeline(
         Where a map leaves the image, the nearest border pixel is repeated.
     """
 
-    def encoded() -> tuple[list[np.ndarray], np.ndarray]:
-        paths, matrices = source()
-        return _encode(paths), matrices
-
     pipeline = _pipeline(largest_batch, threads, device_id)
     with pipeline:
-        paths, matrices = fn.external_source(
-            source=encoded,
+        encoded, changes = fn.external_source(
+            source=source,
             num_outputs=2,
-            dtype=[DALIDataType.UINT8, DALIDataType.FLOAT],
-            ndim=[1, 2],
+            dtype=[DALIDataType.UINT8, DALIDataType.FLOAT if warp else DALIDataType.INT32],
+            ndim=[1, 2 if warp else 0],
         )
-        images = _resized(paths, resolution, device_id)
-        images = fn.crop(images, crop=(resolution, resolution), rounding="truncate")
-        # Float output keeps what lies between two levels, and is faster than rounding to uint8.
-        images = fn.warp_affine(images, matrix=matrices, dtype=DALIDataType.FLOAT)
-        pipeline.set_outputs(_normalised(images, resolution))
+        images = _resized(encoded, resolution, device_id)
+        if warp:
+            images = fn.crop(images, crop=(resolution, resolution), rounding="truncate")
+            # Float output keeps what lies between two levels, and is faster than rounding it.
+            images = fn.warp_affine(images, matrix=changes, dtype=DALIDataType.FLOAT)
+        pipeline.set_outputs(_normalised(images, resolution, mirror=0 if warp else changes))
     pipeline.build()
     return pipeline
 
 
 def evaluation_pipeline(
-    source: Callable[[], Sequence[str]],
+    source: Callable[[], Sequence[np.ndarray]],
     resolution: int,
     largest_batch: int,
     threads: int,
     device_id: int | None = None,
 ) -> Pipeline:
-    """Read, decode, resize, crop and normalise; as `training_pipeline` without the warp.
+    """Decode, resize, crop and normalise; as `training_pipeline` without the warp.
 
     Parameters
     ----------
     source : callable
-        Gives the paths of the next batch; otherwise as in `training_pipeline`.
+        Gives the encoded images of the next batch; otherwise as in `training_pipeline`.
     resolution, largest_batch, threads, device_id
         As in `training_pipeline`.
 
@@ -97,15 +97,10 @@ def evaluation_pipeline(
         As of `training_pipeline`.
     """
 
-    def encoded() -> tuple[list[np.ndarray]]:
-        return (_encode(source()),)
-
     pipeline = _pipeline(largest_batch, threads, device_id)
     with pipeline:
-        (paths,) = fn.external_source(
-            source=encoded, num_outputs=1, dtype=[DALIDataType.UINT8], ndim=[1]
-        )
-        images = _resized(paths, resolution, device_id)
+        encoded = fn.external_source(source=source, dtype=DALIDataType.UINT8, ndim=1)
+        images = _resized(encoded, resolution, device_id)
         pipeline.set_outputs(_normalised(images, resolution))
     pipeline.build()
     return pipeline
@@ -145,17 +140,10 @@ def _pipeline(largest_batch: int, threads: int, device_id: int | None) -> Pipeli
     return Pipeline(batch_size=largest_batch, num_threads=threads, device_id=device_id)
 
 
-def _encode(paths: Sequence[str]) -> list[np.ndarray]:
-    """File names as DALI takes them: arrays of bytes."""
-    return [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in paths]
-
-
-def _resized(paths: DataNode, resolution: int, device_id: int | None) -> Any:
-    """Files decoded to RGB, uint8, layout HWC, the shorter side `resolution` pixels."""
-    # Without mmap: a mapped file that is cut short while it is read kills the process.
-    files = read_files(paths, dont_use_mmap=True)
+def _resized(encoded: Any, resolution: int, device_id: int | None) -> Any:
+    """Decoded to RGB, uint8, layout HWC, the shorter side `resolution` pixels."""
     images = fn.decoders.image(
-        files,
+        encoded,
         device="cpu" if device_id is None else "mixed",
         output_type=DALIImageType.RGB,
         adjust_orientation=False,  # as Pillow and torchvision leave it
@@ -165,12 +153,13 @@ def _resized(paths: DataNode, resolution: int, device_id: int | None) -> Any:
     return fn.resize(images, resize_shorter=resolution, subpixel_scale=False)
 
 
-def _normalised(images: DataNode, resolution: int) -> DataNode:
-    """The centre crop, float32, layout CHW, of zero mean and unit deviation."""
+def _normalised(images: DataNode, resolution: int, mirror: Any = 0) -> DataNode:
+    """The centre crop, float32, layout CHW, of zero mean and unit deviation; flipped on request."""
     return fn.crop_mirror_normalize(
         images,
         crop=(resolution, resolution),
         rounding="truncate",  # of the crop's position, as in Pillow's integer division
+        mirror=mirror,
         mean=[255 * value for value in MEAN],
         std=[255 * value for value in STD],
         dtype=DALIDataType.FLOAT,

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpc_hdb import __version__
+from hpc_hdb.cli_shards import pack, verify
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
 from hpc_hdb.config import Settings, load_settings, preset_names
 from hpc_hdb.errors import UserError
@@ -285,6 +286,10 @@ def report(
     console = find_console()
     console.print(written)
     console.print(f"report: {written.page}", highlight=False, soft_wrap=True)
+
+
+app.command()(pack)
+app.command()(verify)
 
 
 def main() -> None:

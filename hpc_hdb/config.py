@@ -32,12 +32,15 @@ class Section(BaseModel):
 class Data(Section):
     """Where the images come from."""
 
-    source: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"] = "digits"
+    source: Literal["digits", "cifar10", "cifar100", "folder", "shards", "synthetic"] = "digits"
     path: Path = Path("data")
-    """An image folder with train/ and val/ or test/; for the other sources, where they are kept."""
+    """An image folder with train/ and val/ or test/, or what 'hdb pack' made of one ("shards");
+    for the other sources, where they are kept."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """Processes (torch) or threads (DALI) that decode beside the rank; 0 decodes in the rank."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """"error" ends the run and names the file; "skip" leaves it out and lists it in the report."""
     synthetic_classes: Positive = 10
     synthetic_samples: Positive = 2000
     synthetic_side: Positive = 32

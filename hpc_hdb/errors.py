@@ -9,5 +9,9 @@ class UserError(Exception):
     """
 
 
+class BadImage(UserError):
+    """An image that is missing or cannot be decoded; the message names it."""
+
+
 class InfeasiblePlan(UserError):
     """No dual-batch plan exists for these numbers; the message names the range that works."""

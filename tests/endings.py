@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -159,6 +161,18 @@ def write_configuration(folder: Path) -> None:
     """Put ``mine.toml`` and its models into `folder`."""
     (folder / "mine.toml").write_text(CONFIGURATION)
     (folder / "mine.py").write_text(MODELS)
+
+
+def write_bomb(path: Path) -> None:
+    """A PNG whose header claims 60,000 pixels each way."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
 
 
 def refused(*arguments: str | Path, told: str, ranks: int = 0, cwd: Path, **env: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from endings import (
     contents,
     refused,
     sets,
+    write_bomb,
     write_configuration,
 )
 from PIL import Image
@@ -102,6 +104,52 @@ def test_images_of_any_kind_train(images: Path) -> None:
     ]:
         picture(mode).save(folder / f"{mode}.{suffix}")
     succeed(*SIMULATE, *IMAGES, cwd=images.parent)
+
+
+LOADERS = ["torch", "dali"]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_header_that_claims_absurd_sizes_is_named(images: Path, loader: str) -> None:
+    """Without a try to find memory for it."""
+    write_bomb(images / "train" / "bee" / "07.png")
+    told = "cannot decode images/train/bee/07.png: its header claims hundreds of millions"
+    refused(*TRAIN, *IMAGES, *sets(f"data.loader={loader}"), told=told, ranks=2, cwd=images.parent)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_bad_images_are_left_out_on_request(images: Path, loader: str) -> None:
+    train, held_out = images / "train", images / "val" / "ant" / "01.jpg"
+    bad = [train / "ant/03.jpg", train / "bee/00.jpg", train / "cat/05.jpg", train / "cat/99.png"]
+    cut(bad[0])
+    bad[1].write_text("no image at all")
+    bad[2].write_bytes(b"")
+    write_bomb(bad[3])
+    held_out.write_bytes(b"")
+    skipping = sets("data.on_bad_image=skip", f"data.loader={loader}")
+    out = succeed(*TRAIN, *IMAGES, *skipping, ranks=3, cwd=images.parent)
+    assert "5 bad images left out: see summary.json" in out
+    run_folder = images.parent / "out"
+    named = json.loads((run_folder / "summary.json").read_text())["left_out"]
+    assert named == sorted(str(file.relative_to(images.parent)) for file in [*bad, held_out])
+    trained = sum(e["samples"] for e in events(run_folder) if e["event"] == "commit")
+    assert trained == 3 * (48 + 1 - 4)
+    succeed("hdb", "report", "out", cwd=images.parent)
+    page = (run_folder / "report.html").read_text()
+    assert "5 bad images left out" in page
+    assert "images/train/cat/99.png" in page
+
+
+def test_an_image_that_vanishes_is_left_out_on_request(images: Path) -> None:
+    here = images.parent
+    training = Job(*TRAIN, *IMAGES, *LONG, *sets("data.on_bad_image=skip"), ranks=3, cwd=here)
+    training.until(lambda: len(checkpoints(here / "out")) > 1)
+    (images / "train" / "ant" / "05.jpg").unlink()
+    training.until(lambda: any(event["event"] == "left_out" for event in events(here / "out")))
+    training.signal(signal.SIGUSR1)
+    training.end()
+    left_out = [event for event in events(here / "out") if event["event"] == "left_out"]
+    assert [event["file"] for event in left_out] == ["images/train/ant/05.jpg"]
 
 
 @pytest.mark.parametrize(

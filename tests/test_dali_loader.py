@@ -12,7 +12,7 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: its loader was not tested")
 
-from dali_pipelines import MEAN, STD, affine_matrices
+from dali_pipelines.classification import MEAN, STD, affine_matrices
 from hpc_hdb.config import Data, Train
 from hpc_hdb.errors import UserError
 from hpc_hdb.train import augment
@@ -211,6 +211,25 @@ def test_an_unreadable_file_is_named(
     readable = np.delete(indices, position)
     _, labels = collect(loader, readable, [10, 9])
     assert labels.tolist() == files.labels[readable].tolist()
+
+
+@pytest.mark.parametrize("bad", [[0], [3, 4, 7], [5, 6, 7, 8, 9], [19]])
+@pytest.mark.parametrize("damage", [truncate, write_text, Path.unlink])
+def test_unreadable_files_are_left_out(
+    files: ImageFiles, damage: Callable[[Path], None], bad: list[int]
+) -> None:
+    """The others come as if nothing had happened, with their own labels and changes."""
+    indices, sizes = shuffled(files)[:20], [5] * 4
+    whole, labels = collect(DaliLoader(files, 2, Train(), CPU), indices, sizes)
+    for position in bad:
+        damage(Path(files.paths[indices[position]]))
+    loader = DaliLoader(files, 2, Train(), CPU, skip=True)
+    left = np.delete(np.arange(20), bad)
+    for _ in range(2):  # the second time they are known
+        batches = list(loader.batches(indices, sizes, 32, 0))
+        assert torch.equal(torch.cat([images for images, _ in batches]), whole[left])
+        assert torch.equal(torch.cat([of for _, of in batches]), labels[left])
+    assert sorted(loader.left_out) == sorted(indices[bad].tolist())
 
 
 def test_an_abandoned_round_with_an_unreadable_file(files: ImageFiles) -> None:

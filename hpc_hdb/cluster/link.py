@@ -35,8 +35,8 @@ class WorkerLink(Protocol):
         """
         ...
 
-    def progress(self, report: Report) -> None:
-        """Tell the server how far a round is, without waiting."""
+    def tell(self, report: Report) -> None:
+        """Tell the server something in the middle of a round; PROGRESS may get lost."""
         ...
 
     def interrupted(self) -> bool:

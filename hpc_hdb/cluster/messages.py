@@ -15,6 +15,8 @@ class ReportKind(enum.IntEnum):
     COMMIT = 2
     PROGRESS = 3
     LEAVE = 4
+    LEFT_OUT = 5
+    """A bad image, whose sample is `index`."""
 
 
 class OrderKind(enum.IntEnum):

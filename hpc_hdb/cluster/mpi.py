@@ -102,8 +102,10 @@ class MpiWorkerLink:
     async def elapse(self, predicted: float, measured: float) -> float:
         return measured
 
-    def progress(self, report: Report) -> None:
-        if self._progress is None or self._progress[0].Test():
+    def tell(self, report: Report) -> None:
+        if report.kind != ReportKind.PROGRESS:
+            self._report(report)
+        elif self._progress is None or self._progress[0].Test():
             data = report.pack()
             self._progress = (self._comm.Isend([data, MPI.BYTE], SERVER, _REPORT), data)
 

@@ -98,8 +98,9 @@ class VirtualWorkerLink:
         await _Suspend()
         return seconds
 
-    def progress(self, report: Report) -> None:
-        pass
+    def tell(self, report: Report) -> None:
+        if report.kind != ReportKind.PROGRESS:
+            self._cluster.server.deliver(self.rank, report)
 
     def interrupted(self) -> bool:
         return self._cluster.server.is_interrupted

@@ -15,6 +15,7 @@ through a resume). Events by name:
   (while training), ``predicted_seconds``, and the seconds of the round
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
 - ``checkpoint``: ``commit``, ``file``
+- ``left_out``: ``commit``, ``file``: a bad image, where those are skipped
 - ``leave``: ``worker``, ``group``, and the seconds since its last commit
 - ``resume``: ``commit``, ``seconds``; what was logged after that commit is void
 - ``interrupted``: ``signal``
@@ -37,6 +38,7 @@ _NEEDED = {
     "commit": ("commit", "worker", "group", "stage", "samples", "loss", "train_seconds"),
     "evaluation": ("commit", "epoch", "accuracy", "loss", "seconds"),
     "leave": ("worker", "group"),
+    "left_out": ("file",),
     "resume": ("commit",),
 }
 """What a line must hold to be of use: one that a crash or an editor damaged is left out."""

@@ -87,6 +87,7 @@ def _single(run: Run, plots: Mapping[str, bytes]) -> str:
         + _table(measured_table(run.summary))
         + _table(role_table(run.summary))
         + _table(version_table(run))
+        + _left_out(run)
         + _settings(run)
     )
 
@@ -153,6 +154,15 @@ def _images(plots: Mapping[str, bytes]) -> str:
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}"/>\n'
         for name, data in plots.items()
     )
+
+
+def _left_out(run: Run) -> str:
+    files = run.summary.get("left_out", [])
+    if not files:
+        return ""
+    items = "".join(f"<li>{escape(file)}</li>\n" for file in files)
+    title = f"{format_count(len(files), 'bad image')} left out"
+    return f"<details>\n<summary>{title}</summary>\n<ul>\n{items}</ul>\n</details>\n"
 
 
 def _settings(run: Run) -> str:

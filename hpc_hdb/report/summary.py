@@ -32,6 +32,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
           ``sync``, ``workers``, ``small_workers``, ``commits``, ``epochs``, ``images``,
           ``seconds``, ``images_per_second``, ``device``, ``versions``
         - once evaluated: ``final_accuracy``, ``final_loss``, ``best_accuracy``, ``best_epoch``
+        - where bad images were left out: ``left_out``, their names
         - ``stages``: see `_stages`
         - ``roles``: for each role its ``workers``, the mean seconds of one of them in each of
           `ACTIVITIES` and in none of them (``other``: starting up, rounds that an interruption
@@ -67,6 +68,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
             "best_accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
         }
+    if left_out := {event["file"] for event in events if event["event"] == "left_out"}:
+        summary["left_out"] = sorted(left_out)
     rounds_per_epoch = about["commits_per_epoch"] // about["workers"]
     summary["stages"] = _stages(events, commits, rounds_per_epoch)
     workers = _workers(events, about["mode"] == "virtual")

@@ -111,20 +111,24 @@ def plan_lines(plan: TrainingPlan) -> str:
 
 
 def result_lines(summary: dict[str, Any]) -> str:
-    """Accuracy, loss and time, on two lines."""
+    """Accuracy, loss and time, on two lines; a third one where bad images were left out."""
     unended = "" if summary["state"] == "finished" else f" ({summary['state']})"
     text = (
         f"{summary['epochs']:g} epochs in {format_seconds(summary['seconds'])}{unended}, "
         f"{format_number(summary['images_per_second'])} images/s, "
         f"{summary['overhead']:.1%} not training\n"
     )
-    if "final_accuracy" not in summary:
-        return text + "not evaluated yet"
-    return text + (
-        f"accuracy {summary['final_accuracy']:.2%}"
-        f" (best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']:g}),"
-        f" loss {summary['final_loss']:.4f}"
-    )
+    if "final_accuracy" in summary:
+        text += (
+            f"accuracy {summary['final_accuracy']:.2%}"
+            f" (best {summary['best_accuracy']:.2%} after epoch {summary['best_epoch']:g}),"
+            f" loss {summary['final_loss']:.4f}"
+        )
+    else:
+        text += "not evaluated yet"
+    if files := summary.get("left_out"):
+        text += f"\n{format_count(len(files), 'bad image')} left out: see summary.json"
+    return text
 
 
 def measured_table(summary: dict[str, Any]) -> TextTable:

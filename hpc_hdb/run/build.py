@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
-from hpc_hdb.train.data import ImageSet, check_classes, open_data
+from hpc_hdb.train.data import EncodedImages, ImageSet, check_classes, open_data
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import make_loader
 from hpc_hdb.train.model import build_model
@@ -108,7 +108,16 @@ def make_evaluator(
         len(data.labels),
         settings.schedule.resolutions[-1],
         settings.run.evaluation_batch,
+        image_name(data, settings),
     )
+
+
+def image_name(data: ImageSet, settings: Settings) -> Callable[[int], str]:
+    """What names the image of a sample."""
+    resolution = settings.schedule.resolutions[-1]
+    if isinstance(data, EncodedImages):
+        return lambda sample: data.name(sample, resolution)
+    return str
 
 
 def _make_model(settings: Settings, data: ImageSet, device: torch.device) -> nn.Module:

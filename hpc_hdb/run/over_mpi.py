@@ -18,7 +18,7 @@ from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, TrainingPlan
 from hpc_hdb.report.progress import Progress
-from hpc_hdb.run.build import Place, choose_place, make_evaluator, make_trainer
+from hpc_hdb.run.build import Place, choose_place, image_name, make_evaluator, make_trainer
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
     check_resumed_data,
@@ -92,7 +92,8 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
         check_resumed_data(plan, len(data.labels))
     link = MpiServerLink(comm)
     with results_in(folder.path):
-        status = serve(settings, folder, plan, evaluator, link, progress, _drive, mode="mpi")
+        name = image_name(data, settings)
+        status = serve(settings, folder, plan, evaluator, link, progress, _drive, "mpi", name)
     if link.present:  # interrupted, and some worker has not come out of its step for long
         raise SystemExit(status)
     return status

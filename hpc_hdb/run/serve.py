@@ -38,6 +38,7 @@ def serve(
     progress: Progress,
     drive: Drive,
     mode: str,
+    image_name: Callable[[int], str],
 ) -> int:
     """Run the parameter server to the end of training.
 
@@ -47,6 +48,8 @@ def serve(
         Runs the server's coroutine, and on the virtual clock the workers' beside it.
     mode : str
         "mpi" or "virtual"; the latter evaluates and writes checkpoints within the loop.
+    image_name : callable
+        Where a sample's training image is, to name bad ones.
 
     Returns
     -------
@@ -75,6 +78,7 @@ def serve(
         log.emit,
         folder.checkpoints,
         lambda: received[-1] if received else 0,
+        image_name,
         inline=mode == "virtual",
     )
     log.emit("start", _about(settings, plan, mode, evaluator.parameters.flat.device))

@@ -12,7 +12,7 @@ from hpc_hdb.cluster.roles import check_roles
 from hpc_hdb.cluster.virtual import VirtualCluster
 from hpc_hdb.config import Settings
 from hpc_hdb.report.progress import Progress
-from hpc_hdb.run.build import choose_place, make_evaluator, make_trainer
+from hpc_hdb.run.build import choose_place, image_name, make_evaluator, make_trainer
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
     check_resumed_data,
@@ -87,7 +87,6 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
 
     if not folder.resumed:
         folder.begin(settings, plan)
+    link, names = cluster.server, image_name(data, settings)
     with results_in(folder.path):
-        return serve(
-            settings, folder, plan, evaluator, cluster.server, progress, drive, mode="virtual"
-        )
+        return serve(settings, folder, plan, evaluator, link, progress, drive, "virtual", names)

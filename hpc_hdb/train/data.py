@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,32 +18,47 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from dali_pipelines.shards import ShardError, Shards
 from hpc_hdb.config import Data
-from hpc_hdb.errors import UserError
+from hpc_hdb.errors import BadImage, UserError
+from hpc_hdb.train.decode import DecodeError, decode, fit
+from hpc_hdb.train.folders import find_images
 
 Split = Literal["train", "test"]
 
 _DOWNLOAD_PATIENCE = 20
 """Seconds without a byte after which a download is given up."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
-
-@dataclass
-class ImageFiles:
-    """Images in files, decoded when they are needed.
+class EncodedImages(ABC):
+    """Images decoded when they are needed.
 
     Attributes
     ----------
     classes : list of str
         Class names, sorted; a label is a position in it.
     labels : ndarray, shape (n,), int64
-    paths : list of str, length n
+    verified : bool
+        Whether all have been decoded before, so that no header claims absurd sizes.
     """
 
     classes: list[str]
     labels: np.ndarray
-    paths: list[str]
+    verified = False
+
+    @abstractmethod
+    def read(self, index: int, resolution: int) -> np.ndarray:
+        """The encoded image, for use at `resolution`: ndarray of uint8.
+
+        Raises
+        ------
+        BadImage
+            If it cannot be read.
+        """
+
+    @abstractmethod
+    def name(self, index: int, resolution: int) -> str:
+        """Where the image is, for messages."""
 
     def load(self, indices: np.ndarray, resolution: int) -> Tensor:
         """Decode, resize the shorter side and crop the centre.
@@ -53,13 +69,89 @@ class ImageFiles:
 
         Raises
         ------
-        UserError
+        BadImage
             If a file is missing or no image; names the file.
         """
         images = np.empty((len(indices), resolution, resolution, 3), dtype=np.uint8)
         for position, index in enumerate(indices):
-            images[position] = _decode(self.paths[index], resolution)
+            images[position] = self._pixels(int(index), resolution)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def load_readable(self, indices: np.ndarray, resolution: int) -> tuple[Tensor, np.ndarray]:
+        """As `load`, without bad images; a mask of shape (len(indices),) tells which are good."""
+        images = []
+        good = np.ones(len(indices), dtype=bool)
+        for position, index in enumerate(indices):
+            try:
+                images.append(self._pixels(int(index), resolution))
+            except BadImage:
+                good[position] = False
+        pixels = np.array(images, dtype=np.uint8).reshape(-1, resolution, resolution, 3)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), good
+
+    def _pixels(self, index: int, resolution: int) -> np.ndarray:
+        try:
+            return fit(decode(self.read(index, resolution).tobytes(), resolution), resolution)
+        except DecodeError as error:
+            raise self.bad_image(index, resolution, error) from None
+
+    def bad_image(self, index: int, resolution: int, error: DecodeError) -> BadImage:
+        """What to tell of an image that cannot be decoded."""
+        where = self.name(index, resolution)
+        return BadImage(f"cannot decode {where}: {error}; replace or remove the file")
+
+
+@dataclass
+class ImageFiles(EncodedImages):
+    """Images in a file each, whose paths are `paths`."""
+
+    classes: list[str]
+    labels: np.ndarray
+    paths: list[str]
+
+    def read(self, index: int, resolution: int) -> np.ndarray:
+        path = self.paths[index]
+        try:
+            return np.fromfile(path, dtype=np.uint8)
+        except FileNotFoundError:
+            raise BadImage(
+                f"image {path} has vanished since the run started: bring it back, then go on with "
+                "hdb train --resume"
+            ) from None
+        except OSError as error:
+            raise BadImage(f"cannot read {path}: {error.strerror}") from None
+
+    def name(self, index: int, resolution: int) -> str:
+        return self.paths[index]
+
+
+class ImageShards(EncodedImages):
+    """Images packed by ``hdb pack``.
+
+    Parameters
+    ----------
+    folder : Path
+        The packed split.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+
+    verified = True
+
+    def __init__(self, folder: Path) -> None:
+        with _as_user_error():
+            self._shards = Shards(folder)
+        self.classes, self.labels = self._shards.classes, self._shards.labels
+
+    def read(self, index: int, resolution: int) -> np.ndarray:
+        with _as_user_error():
+            return self._shards.read(index, resolution)
+
+    def name(self, index: int, resolution: int) -> str:
+        return self._shards.name(index, resolution)
 
 
 @dataclass
@@ -87,34 +179,15 @@ class ImageArray:
         )
 
 
-ImageSet = ImageFiles | ImageArray
+ImageSet = EncodedImages | ImageArray
 
 
-def _decode(path: str, resolution: int) -> np.ndarray:
-    """One image as an array of shape (resolution, resolution, 3), uint8."""
+@contextmanager
+def _as_user_error() -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (resolution, resolution))
-            picture: Image.Image = image
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to white
-                picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(
-            f"image {path} has vanished since the run started: bring it back, then go on with "
-            "hdb train --resume"
-        ) from None
-    except Exception as error:  # a damaged file raises whatever its bytes lead to
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"cannot decode {path}: {reason}; replace or remove the file") from None
-    width, height = picture.size
-    if (width, height) != (resolution, resolution):
-        scale = resolution / min(width, height)
-        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        picture = picture.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(picture)
+        yield
+    except ShardError as error:
+        raise UserError(str(error)) from None
 
 
 def prepare_data(settings: Data) -> None:
@@ -151,6 +224,8 @@ def open_data(settings: Data, split: Split) -> ImageSet:
         return _synthetic(settings, split)
     if settings.source == "folder":
         return scan_folder(_split_folder(settings.path, split))
+    if settings.source == "shards":
+        return ImageShards(_split_folder(settings.path, split))
     return _torchvision_cifar(settings, split, download=False)
 
 
@@ -187,35 +262,9 @@ def _split_folder(root: Path, split: Split) -> Path:
 
 
 def scan_folder(folder: Path) -> ImageFiles:
-    """Find the images of ``folder/<class>/``, in sorted order, in subfolders too.
-
-    Raises
-    ------
-    UserError
-        If there are no classes, or a class has no images.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no data at {folder}")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise UserError(f"{folder} has no class folders: expected {folder}/<class>/<image>")
-    paths: list[str] = []
-    counts = []
-    for name in classes:
-        found = [
-            f"{parent}/{file}"
-            for parent, _, files in os.walk(folder / name)
-            for file in files
-            if file.lower().endswith(IMAGE_SUFFIXES)
-        ]
-        if not found:
-            raise UserError(
-                f"class folder {folder / name} has no images ({', '.join(IMAGE_SUFFIXES)}): "
-                "fill or remove it"
-            )
-        paths += sorted(found)
-        counts.append(len(found))
-    return ImageFiles(classes, np.repeat(np.arange(len(classes)), counts), paths)
+    """The images of ``folder/<class>/``; raises UserError as `find_images`."""
+    classes, labels, paths = find_images(folder)
+    return ImageFiles(classes, labels, paths)
 
 
 def _write_digits(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.parameters import FlatModel
@@ -50,17 +52,31 @@ class Evaluator:
         Side of the images, in pixels.
     batch : int
         Images per forward pass.
+    name : callable
+        Where a sample's image is, to name bad ones.
     """
 
     def __init__(
-        self, model: nn.Module, loader: Loader, samples: int, resolution: int, batch: int
+        self,
+        model: nn.Module,
+        loader: Loader,
+        samples: int,
+        resolution: int,
+        batch: int,
+        name: Callable[[int], str] = str,
     ) -> None:
+        self._name = name
         self.parameters = FlatModel(model)
         self._loader = loader
         self._samples = samples
         self._resolution = resolution
         self._batch = batch
         self._cancelled = False
+
+    def left_out(self) -> list[str]:
+        """Names of the bad images left out since this was last called."""
+        samples, self._loader.left_out = self._loader.left_out, []
+        return [self._name(sample) for sample in samples]
 
     def cancel(self) -> None:
         """Give up the evaluation that another thread is in, and any later one."""
@@ -81,13 +97,15 @@ class Evaluator:
         totals = torch.zeros(2, dtype=torch.float64, device=self.parameters.flat.device)
         sizes = split_evenly(self._samples, self._batch)
         batches = self._loader.batches(np.arange(self._samples), sizes, self._resolution, 0)
+        samples = 0
         for images, labels in batches:
             if self._cancelled:
                 raise CancelledError
+            samples += len(labels)
             scores = model(images)
             loss = functional.cross_entropy(scores, labels, reduction="sum")
             totals += torch.stack((loss, (scores.argmax(1) == labels).sum().to(loss.dtype)))
         total_loss, correct = totals.tolist()
-        return Evaluation(
-            correct / self._samples, total_loss / self._samples, time.perf_counter() - start
-        )
+        if not samples:
+            raise UserError("all held-out images are bad: bring good ones")
+        return Evaluation(correct / samples, total_loss / samples, time.perf_counter() - start)

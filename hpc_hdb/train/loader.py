@@ -20,13 +20,21 @@ from torch.utils.data import DataLoader, Dataset
 from hpc_hdb.config import Data, Train
 from hpc_hdb.errors import UserError
 from hpc_hdb.train.augment import normalise, random_affine
-from hpc_hdb.train.data import ImageFiles, ImageSet
+from hpc_hdb.train.data import EncodedImages, ImageSet
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Loader(Protocol):
-    """Gives the batches of one round after another."""
+    """Gives the batches of one round after another.
+
+    Attributes
+    ----------
+    left_out : list of int
+        Samples newly found bad and left out, where bad images are skipped; the caller empties it.
+    """
+
+    left_out: list[int]
 
     def prepare(self, resolution: int, largest_batch: int) -> None:
         """Get ready for batches of this kind, ahead of the first one."""
@@ -42,7 +50,7 @@ class Loader(Protocol):
         indices : ndarray, shape (n,), int64
             Positions in the data set.
         sizes : sequence of int
-            Batch sizes; they add up to n.
+            Batch sizes; they add up to n. Where bad images are skipped a batch may be smaller.
         resolution : int
             Side of the images, in pixels.
         seed : int
@@ -83,32 +91,40 @@ def make_loader(
                 "data.loader = \"dali\", but DALI is not installed: pip install 'hpc-hdb[dali]', "
                 'or set data.loader to "torch"'
             )
-        if not isinstance(data, ImageFiles):
+        if not isinstance(data, EncodedImages):
             raise UserError(
                 f'data.loader = "dali" reads image files, and {settings.source} is in memory: '
                 'set data.loader to "auto" or "torch"'
             )
+    skip = settings.on_bad_image == "skip"
     preferred = settings.loader == "auto" and installed and device.type == "cuda"
-    if isinstance(data, ImageFiles) and (settings.loader == "dali" or preferred):
+    if isinstance(data, EncodedImages) and (settings.loader == "dali" or preferred):
         from hpc_hdb.train.dali_loader import DaliLoader
 
-        return DaliLoader(data, settings.threads, augmentation, device)
-    return TorchLoader(data, settings.threads, augmentation, device)
+        return DaliLoader(data, settings.threads, augmentation, device, skip)
+    return TorchLoader(data, settings.threads, augmentation, device, skip)
 
 
 class TorchLoader:
     """Decodes with Pillow in the rank or in `processes` beside it; augments on the device."""
 
     def __init__(
-        self, data: ImageSet, processes: int, augmentation: Train | None, device: torch.device
+        self,
+        data: ImageSet,
+        processes: int,
+        augmentation: Train | None,
+        device: torch.device,
+        skip: bool = False,
     ) -> None:
+        self.left_out: list[int] = []
+        self._bad: set[int] = set()
         self._augmentation = augmentation
         self._device = device
         self._requests: list[tuple[np.ndarray, int]] = []
         if processes:
             _start_deaf_fork_server()
         self._loader = DataLoader(
-            _Batches(data),
+            _Batches(data, skip),
             batch_size=None,
             sampler=self._requests,  # refilled for each round; any iterable serves as a sampler
             num_workers=processes,
@@ -130,8 +146,14 @@ class TorchLoader:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
-            images, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
-            yield self._finish(images, generator), labels
+            *tensors, bad = batch
+            images, labels = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
+            for sample in bad.tolist():
+                if sample not in self._bad:
+                    self._bad.add(sample)
+                    self.left_out.append(sample)
+            if len(labels):
+                yield self._finish(images, generator), labels
 
     def _finish(self, images: Tensor, generator: torch.Generator) -> Tensor:
         pixels = normalise(images)
@@ -180,13 +202,20 @@ def _start_deaf_fork_server() -> None:
 class _Batches(Dataset):
     """Whole batches by (indices, resolution); errors as values, since processes garble them."""
 
-    def __init__(self, data: ImageSet) -> None:
+    def __init__(self, data: ImageSet, skip: bool) -> None:
         self._data = data
+        self._skip = skip
         self._labels = torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
 
-    def __getitem__(self, request: tuple[np.ndarray, int]) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, request: tuple[np.ndarray, int]) -> tuple[Tensor, ...] | UserError:
+        """Images, labels, and the samples left out."""
         indices, resolution = request
+        good = np.ones(len(indices), dtype=bool)
         try:
-            return self._data.load(indices, resolution), self._labels[torch.as_tensor(indices)]
+            if self._skip and isinstance(self._data, EncodedImages):
+                images, good = self._data.load_readable(indices, resolution)
+            else:
+                images = self._data.load(indices, resolution)
         except UserError as error:
             return error
+        return images, self._labels[indices[good]], torch.from_numpy(indices[~good])

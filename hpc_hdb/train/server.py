@@ -57,6 +57,8 @@ class ParameterServer:
         Folder of the checkpoints; None writes none.
     signal_number : callable
         The signal that asks to stop, 0 while there is none.
+    image_name : callable
+        Where a sample's training image is, to name bad ones.
     inline : bool
         Evaluate and write checkpoints within the loop instead of beside it.
     """
@@ -71,6 +73,7 @@ class ParameterServer:
         emit: Emit,
         checkpoints: Path | None,
         signal_number: Callable[[], int] = lambda: 0,
+        image_name: Callable[[int], str] = str,
         inline: bool = False,
     ) -> None:
         self._link = link
@@ -87,6 +90,8 @@ class ParameterServer:
         self._present = set(range(1, link.workers + 1))
         self._active = set(self._present)
         self._waiting: set[int] = set()
+        self._left_out: set[str] = set()
+        self._image_name = image_name
         self._orders: dict[int, Order] = {}
         self._worker_commits = dict.fromkeys(self._present, 0)
         self._unsaved = dict.fromkeys(self._present, 0)
@@ -296,6 +301,8 @@ class ParameterServer:
 
         def done(result: Evaluation) -> None:
             self._versions.release(model)
+            for file in self._evaluator.left_out():
+                self._note_left_out(file)
             self._emit("evaluation", {"commit": commits, "epoch": epoch} | vars(result))
 
         self._evaluations.start(lambda: self._evaluator.evaluate(model), done)
@@ -350,12 +357,19 @@ class ParameterServer:
         """Keep account of who waits for an order, who is under way and who has left."""
         if report.kind == ReportKind.PROGRESS:
             self._emit("progress", {"worker": worker, "samples": report.samples})
+        elif report.kind == ReportKind.LEFT_OUT:
+            self._note_left_out(self._image_name(report.index))
         elif report.kind == ReportKind.LEAVE:
             self._present.discard(worker)
             group = self._group(worker).value
             self._emit("leave", {"worker": worker, "group": group} | _seconds(report))
         else:
             self._waiting.add(worker)
+
+    def _note_left_out(self, file: str) -> None:
+        if file not in self._left_out:
+            self._left_out.add(file)
+            self._emit("left_out", {"commit": self._book.commits, "file": file})
 
     async def _interrupt(self) -> None:
         """Save what is merged, then see the workers off."""

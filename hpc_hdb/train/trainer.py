@@ -83,7 +83,7 @@ class Trainer:
         self._resolution = 0
 
     def train_round(
-        self, order: Order, interrupted: Callable[[], bool], progress: Callable[[Report], None]
+        self, order: Order, interrupted: Callable[[], bool], tell: Callable[[Report], None]
     ) -> Report | None:
         """Train the samples of `order`.
 
@@ -91,8 +91,8 @@ class Trainer:
         ----------
         interrupted : callable
             Asked after every step; if it says so the round is given up.
-        progress : callable
-            Given a PROGRESS report now and then.
+        tell : callable
+            Given a PROGRESS report now and then, and a LEFT_OUT report for each bad image.
 
         Returns
         -------
@@ -125,12 +125,14 @@ class Trainer:
                     return None
                 if time.perf_counter() - reported > _PROGRESS_SECONDS:
                     reported = time.perf_counter()
-                    progress(Report(ReportKind.PROGRESS, samples=report.samples))
+                    tell(Report(ReportKind.PROGRESS, samples=report.samples))
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"a batch of {order.batch} images at {order.resolution}x{order.resolution} does "
                 "not fit the GPU: lower schedule.large_batch, or find what fits with 'hdb profile'"
             ) from None
+        while self._loader.left_out:
+            tell(Report(ReportKind.LEFT_OUT, index=self._loader.left_out.pop(0)))
         report.loss, correct = totals.tolist()
         report.correct = int(correct)
         report.data_seconds = batches.seconds

@@ -40,7 +40,7 @@ async def run_worker(
             trainer.restore(state)
     while order.kind == OrderKind.TRAIN:
         model.from_wire()
-        report = trainer.train_round(order, link.interrupted, link.progress)
+        report = trainer.train_round(order, link.interrupted, link.tell)
         if report is None:
             break
         report.train_seconds = await link.elapse(

@@ -104,7 +104,7 @@ async def progress_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str,
     model = torch.empty(LARGE)
     await link.join(model)
     for number in range(PROGRESS_REPORTS):
-        link.progress(Report(ReportKind.PROGRESS, samples=number))
+        link.tell(Report(ReportKind.PROGRESS, samples=number))
     comm.Barrier()
     await link.exchange(Report(ReportKind.COMMIT), model)
     await link.leave(Report(ReportKind.LEAVE))

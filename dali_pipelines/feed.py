@@ -1,0 +1,133 @@
+"""A pipeline and what keeps it fed: threads that read the next batches' bytes ahead of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dali_pipelines.classification import evaluation_pipeline, training_pipeline
+
+AHEAD = 3
+"""Batches that are being read beyond those that DALI has asked for."""
+
+Kind = Literal["plain", "flip", "warp"]
+Job = Callable[[], Any]
+"""Reads one batch: gives what a pipeline's source gives."""
+
+
+class Feed:
+    """Batches of one resolution, decoded while the caller trains.
+
+    Parameters
+    ----------
+    resolution : int
+        Side of the images, in pixels.
+    largest_batch : int
+    kind : {"plain", "flip", "warp"}
+        What a job gives: the encoded images alone, for `evaluation_pipeline`; or with what is to
+        be flipped, or with the maps of `affine_matrices`, for `training_pipeline`.
+    threads : int
+        CPU threads that decode, at least 1.
+    device : torch.device
+        Where images are decoded and given out.
+    readers : ThreadPoolExecutor
+        Threads that read; may be shared.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        largest_batch: int,
+        kind: Kind,
+        threads: int,
+        device: torch.device,
+        readers: ThreadPoolExecutor,
+    ) -> None:
+        self.resolution = resolution
+        self.largest_batch = largest_batch
+        self._device = device
+        device_id = None
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        self._source = _ReadAhead(readers)
+        shape = (resolution, largest_batch, threads, device_id)
+        if kind == "plain":
+            self._pipeline = evaluation_pipeline(self._source, *shape)
+        else:
+            self._pipeline = training_pipeline(self._source, *shape, warp=kind == "warp")
+        self._first: Tensor | None = None
+
+    def start(self, jobs: Iterator[Job], prefetch: bool = False) -> None:
+        """Begin a sequence of batches, each of at most `largest_batch` images.
+
+        Parameters
+        ----------
+        prefetch : bool
+            Return once the first batch is decoded; the ones after it follow by themselves.
+        """
+        self._source.begin(jobs)
+        if prefetch:
+            self._first = self._run()
+
+    def next(self) -> Tensor:
+        """The next batch.
+
+        Returns
+        -------
+        Tensor, shape (b, 3, resolution, resolution), float32
+            Normalised, on the device; on a GPU in channels-last order.
+
+        Raises
+        ------
+        StopIteration
+            After the last one.
+        RuntimeError
+            If DALI cannot decode an image.
+        """
+        if self._first is not None:
+            images, self._first = self._first, None
+            return images
+        return self._run()
+
+    def finish(self) -> None:
+        """After the last batch: make ready for another `start`."""
+        self._pipeline.reset()
+
+    def _run(self) -> Tensor:
+        if self._device.type == "cpu":
+            (images,) = self._pipeline.run()
+            pixels: Tensor = torch.from_dlpack(images.as_tensor())
+            return pixels
+        # Bound to torch's stream, DALI reuses the memory only after torch's work on it.
+        (images,) = self._pipeline.run(torch.cuda.current_stream(self._device))
+        return torch.from_dlpack(images.as_tensor()).contiguous(memory_format=torch.channels_last)
+
+
+class _ReadAhead:
+    """A pipeline's source.
+
+    It knows nothing of its pipeline: a cycle would keep both alive until garbage is collected.
+    """
+
+    def __init__(self, readers: ThreadPoolExecutor) -> None:
+        self._readers = readers
+        self._jobs: Iterator[Job] = iter(())
+        self._reading: deque[Future[Any]] = deque()
+
+    def begin(self, jobs: Iterator[Job]) -> None:
+        for future in self._reading:
+            future.cancel()
+        self._reading.clear()
+        self._jobs = jobs
+
+    def __call__(self) -> Any:
+        while len(self._reading) <= AHEAD and (job := next(self._jobs, None)) is not None:
+            self._reading.append(self._readers.submit(job))
+        if not self._reading:
+            raise StopIteration
+        return self._reading.popleft().result()

@@ -1,0 +1,298 @@
+"""Packed image folders: WebDataset tar files with an index for random access.
+
+A packed split is a folder::
+
+    manifest.json       classes, shards, checksums, images left out
+    names.txt           the source file of each sample, one a line
+    index-VARIANT.npy   where each sample's bytes are
+    VARIANT/00000.tar   members KEY.jpg (or KEY.png ...) and KEY.cls, the label in ASCII
+    VARIANT/00000.idx   the index that ``nvidia.dali.fn.readers.webdataset`` takes
+
+``original`` holds the source files' own bytes; a variant named by a number holds JPEG copies
+whose shorter side has at most that many pixels, which decode faster. Sample ``i`` is the same
+picture in every variant. Needs neither DALI nor hpc_hdb.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ORIGINAL = "original"
+INDEX = np.dtype([("shard", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8")])
+"""One sample in ``index-VARIANT.npy``: offset and size in bytes, within the shard's file."""
+
+_OPEN_FILES = 256
+"""Kept open at once: well below the 1,024 that most systems permit a process."""
+_BLOCK = 1 << 20
+
+
+class ShardError(Exception):
+    """A packed folder that cannot be read, in one line for the user."""
+
+
+class _File:
+    """A file descriptor, closed once nobody uses it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Shards:
+    """A packed split, opened for reading at random.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the split, with its ``manifest.json``.
+
+    Attributes
+    ----------
+    classes : list of str
+    labels : ndarray, shape (n,), int64
+        Positions in `classes`.
+    sides : list of int
+        Shorter sides, in pixels, of the variants beside the originals, rising.
+
+    Raises
+    ------
+    ShardError
+        If there is no complete packed split.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.classes: list[str] = manifest["classes"]
+        self._shards: list[str] = [shard["name"] for shard in manifest["shards"]]
+        self.sides = sorted(int(name) for name in manifest["variants"] if name != ORIGINAL)
+        self._has_originals = ORIGINAL in manifest["variants"]
+        self._indices: dict[str, np.ndarray] = {}
+        self.labels = self._index(manifest["variants"][0])["label"].astype(np.int64)
+        self._open = lru_cache(_OPEN_FILES)(_File)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shards, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def variant(self, resolution: int) -> str:
+        """The variant that costs least to decode and has the pixels for `resolution`."""
+        for side in self.sides:
+            if side >= resolution:
+                return str(side)
+        return ORIGINAL if self._has_originals else str(self.sides[-1])
+
+    def read(self, sample: int, resolution: int) -> np.ndarray:
+        """The encoded image of a sample, for training at `resolution`.
+
+        Returns
+        -------
+        ndarray, shape (bytes,), uint8
+
+        Raises
+        ------
+        ShardError
+            If the shard is gone or too short.
+        """
+        variant = self.variant(resolution)
+        entry = self._index(variant)[sample]
+        path = self._path(variant, entry)
+        try:
+            data = os.pread(self._open(path).descriptor, int(entry["size"]), int(entry["offset"]))
+        except OSError as error:
+            raise ShardError(f"cannot read {path}: {error.strerror}") from None
+        if len(data) != entry["size"]:
+            raise ShardError(f"{path} is shorter than its index says: pack it again")
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def name(self, sample: int, resolution: int) -> str:
+        """Where a sample is, and what file it was packed from, for messages."""
+        variant = self.variant(resolution)
+        with open(self.folder / "names.txt", encoding="utf-8", errors="surrogateescape") as lines:
+            source = next(line for number, line in enumerate(lines) if number == sample)
+        return f"{source.rstrip()} in {self._path(variant, self._index(variant)[sample])}"
+
+    def _path(self, variant: str, entry: np.void) -> str:
+        return str(self.folder / variant / f"{self._shards[entry['shard']]}.tar")
+
+    def _index(self, variant: str) -> np.ndarray:
+        if variant not in self._indices:
+            path = self.folder / f"index-{variant}.npy"
+            try:
+                self._indices[variant] = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise ShardError(f"cannot read {path} ({error}): pack the folder again") from None
+        return self._indices[variant]
+
+
+@dataclass
+class ShardRecord:
+    """What a written shard holds; `index` has one entry of `INDEX` per sample, by variant."""
+
+    name: str
+    sources: list[str]
+    labels: list[int]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Files left out, and why."""
+    places: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Offset and size of each sample's image, by variant."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``bytes`` and ``sha256`` of the tar file, by variant."""
+
+
+def write_shard(
+    folder: Path, name: str, samples: Iterator[tuple[str, int, Mapping[str, tuple[str, bytes]]]]
+) -> ShardRecord:
+    """Write one shard in all variants, each with its index: whole, or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the split.
+    name : str
+        Of the shard, such as ``00000``.
+    samples : iterator
+        Of source file, label, and for each variant the file's suffix without dot and its bytes.
+    """
+    record = ShardRecord(name, [], [])
+    tars: dict[str, tarfile.TarFile] = {}
+    lines: dict[str, list[str]] = {}
+    with ExitStack() as opened:
+        for source, label, images in samples:
+            key = f"{name}{len(record.sources):06d}"
+            record.sources.append(source)
+            record.labels.append(label)
+            for variant, (suffix, data) in images.items():
+                if variant not in tars:
+                    (folder / variant).mkdir(parents=True, exist_ok=True)
+                    part = folder / variant / f"{name}.tar.part"
+                    tar = tarfile.open(part, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                    tars[variant] = opened.enter_context(tar)
+                    lines[variant] = []
+                    record.places[variant] = []
+                image = _add(tars[variant], f"{key}.{suffix}", data)
+                text = _add(tars[variant], f"{key}.cls", str(label).encode())
+                record.places[variant].append(image)
+                members = [(suffix, *image, f"{key}.{suffix}"), ("cls", *text, f"{key}.cls")]
+                lines[variant].append(" ".join(f"{e} {o} {s} {n}" for e, o, s, n in members))
+    for variant, entries in lines.items():
+        path = folder / variant / f"{name}.tar"
+        part = path.with_suffix(".tar.part")
+        record.files[variant] = {"bytes": part.stat().st_size, "sha256": checksum(part)}
+        _replace(part, path)
+        index = "\n".join([f"v1.2 {len(entries)}", *entries, ""])
+        write_whole(path.with_suffix(".idx"), index.encode())
+    return record
+
+
+def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[ShardRecord]) -> None:
+    """Make the shards of `records`, in their order, a packed split."""
+    variants = sorted({variant for record in records for variant in record.files})
+    for variant in variants:
+        entries = [
+            (number, label, offset, size)
+            for number, record in enumerate(records)
+            for label, (offset, size) in zip(record.labels, record.places[variant], strict=True)
+        ]
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(entries, dtype=INDEX))
+        write_whole(folder / f"index-{variant}.npy", buffer.getvalue())
+    names = "".join(f"{source}\n" for record in records for source in record.sources)
+    write_whole(folder / "names.txt", names.encode("utf-8", "surrogateescape"))
+    manifest = {
+        "format": "webdataset",
+        "version": 1,
+        "classes": list(classes),
+        "samples": sum(len(record.sources) for record in records),
+        "variants": variants,
+        "shards": [
+            {"name": record.name, "samples": len(record.sources), "files": record.files}
+            for record in records
+        ],
+        "skipped": [list(item) for record in records for item in record.skipped],
+    }
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a packed split; raises ShardError where there is none."""
+    path = folder / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        if manifest["format"] != "webdataset" or manifest["version"] != 1:
+            raise ShardError(f"{path} is of another version: pack the folder again")
+        return manifest
+    except FileNotFoundError:
+        raise ShardError(
+            f"{folder} is not a packed folder, or packing it has not ended: see hdb pack --help"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is damaged ({error}): pack the folder again") from None
+
+
+def check_shard(folder: Path, shard: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files of one entry of a manifest's ``shards``; empty if nothing."""
+    problems = []
+    for variant, expected in shard["files"].items():
+        path = folder / variant / f"{shard['name']}.tar"
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                problems.append(f"{path} has {size} bytes instead of {expected['bytes']}")
+            elif checksum(path) != expected["sha256"]:
+                problems.append(f"{path} does not match its checksum")
+            if not path.with_suffix(".idx").is_file():
+                problems.append(f"{path.with_suffix('.idx')} is missing")
+        except OSError as error:
+            problems.append(f"cannot read {path}: {error.strerror}")
+    return problems
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole, on disk, or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    _replace(part, path)
+
+
+def _replace(part: Path, path: Path) -> None:
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
+    """Add a member; its data's offset and size."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(data))
+    end = tar.offset
+    padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return end - padded, len(data)

@@ -1,0 +1,77 @@
+"""Encoded images to pixels, with Pillow."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+_TOO_LARGE = "its header claims hundreds of millions of pixels"
+
+
+class DecodeError(Exception):
+    """What is wrong with the bytes of an image."""
+
+
+def decode(data: bytes, resolution: int | None = None) -> Image.Image:
+    """Decode to RGB.
+
+    Parameters
+    ----------
+    data : bytes
+        The encoded image.
+    resolution : int, optional
+        The shorter side needed, in pixels: a larger JPEG may be decoded at a fraction of its size.
+
+    Raises
+    ------
+    DecodeError
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if resolution is not None:
+                image.draft("RGB", (resolution, resolution))
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except Image.UnidentifiedImageError:
+        raise DecodeError("not an image") from None
+    except Image.DecompressionBombError:
+        raise DecodeError(_TOO_LARGE) from None
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        raise DecodeError(str(error)) from None
+
+
+def check_header(data: bytes) -> None:
+    """Raise DecodeError where a header claims more pixels than Pillow would decode."""
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Image.DecompressionBombError:
+        raise DecodeError(_TOO_LARGE) from None
+    except Exception:  # for the decoder to tell
+        return
+
+
+def encode_blank() -> np.ndarray:
+    """A JPEG file of one grey pixel, ndarray of uint8."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "JPEG")
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+
+def fit(picture: Image.Image, resolution: int) -> np.ndarray:
+    """Resize the shorter side and crop the centre.
+
+    Returns
+    -------
+    ndarray, shape (resolution, resolution, 3), uint8
+    """
+    width, height = picture.size
+    if (width, height) != (resolution, resolution):
+        scale = resolution / min(width, height)
+        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+        picture = picture.crop((left, top, left + resolution, top + resolution))
+    return np.asarray(picture)
