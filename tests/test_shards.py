@@ -199,7 +199,7 @@ def test_verify_finds_every_kind_of_damage(here: Path) -> None:
         (["images/train", "other"], "images/train has no train/, val/ or test/ folder"),
         (["images", "images"], "images/train is not empty: pack into a new folder"),
         (["images", "new", "--no-originals"], "--no-originals leaves nothing to pack"),
-        (["images", "new", "--side", "4"], "4 is not in the range x>=8"),
+        (["images", "new", "--side", "4"], "Invalid value for '--side'"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(here: Path, words: list[str], told: str) -> None:
