@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -290,6 +289,8 @@ def _write_digits(folder: Path) -> None:
 
 
 def _torchvision_cifar(settings: Data, split: Split, download: bool) -> ImageArray:
+    import torchvision  # two seconds of a core, which other data spare
+
     maker = torchvision.datasets.CIFAR10
     if settings.source == "cifar100":
         maker = torchvision.datasets.CIFAR100

@@ -8,7 +8,6 @@ import inspect
 import sys
 from pathlib import Path
 
-import torchvision
 from torch import Tensor, nn
 
 from hpc_hdb.config import Model
@@ -35,6 +34,8 @@ def build_model(settings: Model, classes: int) -> nn.Module:
     elif settings.name in _SMALL_RESNETS:
         model = SmallResNet(_SMALL_RESNETS[settings.name], classes)
     else:
+        import torchvision  # two seconds of a core, which the small ResNets spare
+
         known = torchvision.models.list_models(module=torchvision.models)
         if settings.name not in known:
             near = difflib.get_close_matches(settings.name, [*_SMALL_RESNETS, *known], n=1)

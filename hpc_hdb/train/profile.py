@@ -125,7 +125,7 @@ class Timing:
 
 
 def profile_resolution(
-    trainer: Trainer, resolution: int, bound: int, seconds: float = 1.5, repeats: int = 4
+    trainer: Trainer, resolution: int, bound: int, seconds: float = 1.0, repeats: int = 4
 ) -> Timing:
     """Find the largest batch up to `bound` and fit the time model below it."""
     if trainer.device.type == "cuda":
