@@ -11,15 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import events, succeed
-from endings import Job, contents, refused, sets, write_bomb, write_configuration
+from endings import SIMULATE, TRAIN, Job, contents, refused, sets, write_bomb, write_configuration
 from PIL import Image
 
 from dali_pipelines.shards import ShardError, Shards
 
-TRAINED = [
-    *("train", "mine.toml", "--set", "run.output=out"),
-    *sets("data.source=shards", "data.path=packed"),
-]
+SHARDS = sets("data.source=shards", "data.path=packed")
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 48)) -> Image.Image:
@@ -135,12 +132,12 @@ def test_unreadable_images_are_left_out_and_listed(here: Path) -> None:
         assert f"left out: {file}: {reason}" in out
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_a_run_trains_on_shards(here: Path, loader: str) -> None:
+@pytest.mark.parametrize(("loader", "start", "ranks"), [("torch", SIMULATE, 0), ("dali", TRAIN, 3)])
+def test_a_run_trains_on_shards(here: Path, loader: str, start: list[str], ranks: int) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     pack(here, "--side", "16")
-    succeed("hdb", *TRAINED, *sets(f"data.loader={loader}"), ranks=3, cwd=here)
+    succeed(*start, *SHARDS, *sets(f"data.loader={loader}"), ranks=ranks, cwd=here)
     commits = [event for event in events(here / "out") if event["event"] == "commit"]
     assert sum(commit["samples"] for commit in commits) == 3 * 60
 
@@ -148,7 +145,7 @@ def test_a_run_trains_on_shards(here: Path, loader: str) -> None:
 def test_a_killed_packing_goes_on(here: Path) -> None:
     """SIGKILL of all its processes, twice; the result is that of one that was left alone."""
     folder = here / "images/train/ant"
-    for number in range(400):
+    for number in range(200):
         (folder / f"more{number:03d}.jpg").write_bytes((folder / "00.jpg").read_bytes())
     words = ["hdb", "pack", "images", "packed", "--per-shard", "8", "--side", "24"]
     records = here / "packed/train/parts"
@@ -158,7 +155,7 @@ def test_a_killed_packing_goes_on(here: Path) -> None:
         job.signal(signal.SIGKILL)
         assert job.end().status == -signal.SIGKILL
         assert not (here / "packed/train/manifest.json").exists()
-        refused("hdb", *TRAINED, told="packing it has not ended", cwd=here)
+        refused(*SIMULATE, *SHARDS, told="packing it has not ended", cwd=here)
     before = {path: path.stat().st_mtime_ns for path in (here / "packed/train/24").glob("*.tar")}
     assert len(before) >= 12
     assert Job(*words, cwd=here).end().status == 0
@@ -219,4 +216,4 @@ def test_another_task_does_not_go_on_with_this_one(here: Path) -> None:
 def test_a_damaged_packed_folder_does_not_train(here: Path) -> None:
     pack(here)
     (here / "packed/train/manifest.json").write_text("{")
-    refused("hdb", *TRAINED, told="packed/train/manifest.json is damaged", cwd=here)
+    refused(*SIMULATE, *SHARDS, told="packed/train/manifest.json is damaged", cwd=here)
