@@ -54,9 +54,9 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/commit.py
 	$(BIN)/python benchmarks/worker_overhead.py
 	$(BIN)/python benchmarks/batch_time.py
+	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/resolution_switch.py
-	$(BIN)/python benchmarks/end_to_end.py
 
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict --quiet

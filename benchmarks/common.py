@@ -99,6 +99,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def image_folder(text: str) -> Path:
+    """Type of an option that names a folder of images with train/."""
+    folder = Path(text)
+    if not (folder / "train").is_dir():
+        raise argparse.ArgumentTypeError(f"no {folder}/train: unpack the images there")
+    return folder
+
+
 def machine() -> str:
     """CPU, GPU and versions, in one line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []

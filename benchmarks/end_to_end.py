@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Bar, Sheet, arguments, mpirun
+from common import HERE, Bar, Sheet, arguments, image_folder, mpirun
 
 TIME_MODEL = Bar(0.05, most=True, percent=True)
 OVERHEAD = Bar(0.05, most=True, percent=True)
@@ -111,7 +111,10 @@ def row(name: str, runs: list[dict[str, Any]], peers: list[dict[str, Any]]) -> l
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--data", type=Path, default=Path("data/cifar10-jpeg"), help="folder with train/ and test/"
+        "--data",
+        type=image_folder,
+        default="data/cifar10-jpeg",
+        help="folder with train/ and test/",
     )
     parser.add_argument("--images-per-class", type=int, default=500, help="to train with")
     parser.add_argument("--epochs", type=int, default=40, help="of each run")
@@ -128,8 +131,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.epochs < 4:
         parser.error("--epochs must be 4 or more: the rate drops once, and resolutions cycle twice")
-    if not (options.data / "train").is_dir():
-        parser.error(f"no {options.data / 'train'}: unpack CIFAR-10 as JPEG files there, or --data")
     sheet = Sheet("end_to_end")
     runs: dict[str, list[dict[str, Any]]] = {kind.name: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as name:

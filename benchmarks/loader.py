@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import Bar, Sheet, arguments, run
+from common import Bar, Sheet, arguments, image_folder, run
 from nvidia.dali import fn, pipeline_def, types
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -122,7 +122,7 @@ def rate(batches: Iterator[object], options: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/imagenette"), help="has train/")
+    parser.add_argument("--data", type=image_folder, default="data/imagenette", help="has train/")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[96, 128, 160, 224])
     parser.add_argument("--batch", type=int, default=50, help="images in a batch")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
@@ -130,8 +130,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each loader")
     options = parser.parse_args()
-    if not (options.data / "train").is_dir():
-        sys.exit(f"no {options.data}/train: unpack the photographs there, or give --data")
     sheet = Sheet("loader")
     torch.set_num_threads(1)
     rows = []

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from common import Bar, Sheet, arguments
+from common import Bar, Sheet, arguments, image_folder
 
 from dali_pipelines.cyclic import Augmentation, Cycle, CyclicLoader
 from hpc_hdb.train.data import ImageFiles, scan_folder
@@ -25,20 +23,22 @@ BAR = Bar(1.0, most=True)
 
 def cycled(data: ImageFiles, options: argparse.Namespace) -> Iterator[torch.Tensor]:
     """One loader through all cycles."""
-    cycles = cycles_of(options)
-    loader = CyclicLoader(data, cycles, (0, options.images), 0, Augmentation(), options.threads)
-    for _, _, images, _ in loader.batches():
-        yield images
+    return batches_of(data, cycles_of(options), options)
 
 
 def rebuilt(data: ImageFiles, options: argparse.Namespace) -> Iterator[torch.Tensor]:
     """A loader a cycle, built when the one before it has ended."""
     for cycle in cycles_of(options):
-        loader = CyclicLoader(
-            data, [cycle], (0, options.images), 0, Augmentation(), options.threads
-        )
-        for _, _, images, _ in loader.batches(cycle.start_epoch):
-            yield images
+        yield from batches_of(data, [cycle], options)
+
+
+def batches_of(
+    data: ImageFiles, cycles: list[Cycle], options: argparse.Namespace
+) -> Iterator[torch.Tensor]:
+    """The images of a loader's batches."""
+    loader = CyclicLoader(data, cycles, (0, options.images), 0, Augmentation(), options.threads)
+    for _, _, images, _ in loader.batches(cycles[0].start_epoch):
+        yield images
 
 
 def cycles_of(options: argparse.Namespace) -> list[Cycle]:
@@ -65,7 +65,7 @@ def waits(batches: Iterator[torch.Tensor], step: float) -> tuple[list[float], li
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/imagenette"), help="has train/")
+    parser.add_argument("--data", type=image_folder, default="data/imagenette", help="has train/")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[96, 160, 224])
     parser.add_argument("--images", type=int, default=1000, help="of an epoch")
     parser.add_argument("--batch", type=int, default=50, help="images in a batch")
@@ -73,8 +73,6 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.06, help="seconds of a training step")
     parser.add_argument("--rounds", type=int, default=3, help="times through the resolutions")
     options = parser.parse_args()
-    if not (options.data / "train").is_dir():
-        sys.exit(f"no {options.data}/train: unpack the photographs there, or give --data")
     sheet = Sheet("resolution_switch")
     data = scan_folder(options.data / "train")
     rows = []

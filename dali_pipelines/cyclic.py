@@ -70,6 +70,14 @@ class Augmentation:
         """What it takes of a pipeline."""
         return "warp" if self.rotation or self.zoom else "flip"
 
+    def changes(
+        self, mirrored: np.ndarray, angles: np.ndarray, scales: np.ndarray, side: int
+    ) -> np.ndarray:
+        """What `training_pipeline` takes of draws as `affine_matrices` takes them."""
+        if self.kind == "flip":
+            return mirrored.astype(np.int32)
+        return affine_matrices(mirrored, angles, scales, side)
+
 
 class CyclicLoader:
     """The batches of one worker, epoch after epoch, through all cycles.
@@ -195,8 +203,6 @@ class CyclicLoader:
         draws = generator.random((3, len(chosen)))
         how = self._augmentation
         mirrored = (draws[0] < 0.5) & how.flip
-        if how.kind == "flip":
-            return encoded, mirrored.astype(np.int32)
         angles = np.radians((draws[1] * 2 - 1) * how.rotation)
         scales = 1 + (draws[2] * 2 - 1) * how.zoom
-        return encoded, affine_matrices(mirrored, angles, scales, cycle.resolution)
+        return encoded, how.changes(mirrored, angles, scales, cycle.resolution)

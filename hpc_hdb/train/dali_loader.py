@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.classification import affine_matrices
-from dali_pipelines.cyclic import READERS
+from dali_pipelines.cyclic import READERS, Augmentation
 from dali_pipelines.feed import Feed, Job, Kind
 from hpc_hdb.config import Train
 from hpc_hdb.errors import BadImage, UserError
@@ -55,11 +54,13 @@ class DaliLoader:
         self._data = data
         self._labels = torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
         self._threads = max(1, threads)
-        self._augmentation = augmentation
-        self._device = device
-        self._kind: Kind = "plain"
+        self._augmentation: Augmentation | None = None
         if augmentation is not None:
-            self._kind = "warp" if augmentation.rotation or augmentation.zoom else "flip"
+            self._augmentation = Augmentation(
+                augmentation.flip, augmentation.rotation, augmentation.zoom
+            )
+        self._device = device
+        self._kind: Kind = self._augmentation.kind if self._augmentation else "plain"
         self._readers = ThreadPoolExecutor(READERS)
         self._idle: dict[int, Feed] = {}  # by resolution, the least recently used first
 
@@ -124,9 +125,7 @@ class DaliLoader:
                 how = self._augmentation
                 draws = draw_affine(len(chosen), generator, how.flip, how.rotation, how.zoom)
                 mirrored, angles, scales = (drawn.numpy() for drawn in draws)
-                changes = mirrored.astype(np.int32)
-                if self._kind == "warp":
-                    changes = affine_matrices(mirrored, angles, scales, resolution)
+                changes = how.changes(mirrored, angles, scales, resolution)
             if position >= start:
                 masks[position] = np.ones(len(chosen), dtype=bool)
                 yield partial(self._read, chosen, resolution, changes, masks[position])
@@ -162,7 +161,7 @@ class DaliLoader:
         return data
 
     def _leave_out(self, samples: Sequence[int]) -> None:
-        self.left_out += [sample for sample in samples if sample not in self._bad]
+        self.left_out += samples
         self._bad.update(samples)
 
     def _explained(self, error: Exception, chosen: np.ndarray, resolution: int) -> Exception:

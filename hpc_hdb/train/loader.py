@@ -31,7 +31,7 @@ class Loader(Protocol):
     Attributes
     ----------
     left_out : list of int
-        Samples newly found bad and left out, where bad images are skipped; the caller empties it.
+        Samples left out, where bad images are skipped; the caller empties it.
     """
 
     left_out: list[int]
@@ -117,7 +117,6 @@ class TorchLoader:
         skip: bool = False,
     ) -> None:
         self.left_out: list[int] = []
-        self._bad: set[int] = set()
         self._augmentation = augmentation
         self._device = device
         self._requests: list[tuple[np.ndarray, int]] = []
@@ -148,10 +147,7 @@ class TorchLoader:
                 raise batch
             *tensors, bad = batch
             images, labels = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
-            for sample in bad.tolist():
-                if sample not in self._bad:
-                    self._bad.add(sample)
-                    self.left_out.append(sample)
+            self.left_out += bad.tolist()
             if len(labels):
                 yield self._finish(images, generator), labels
 
