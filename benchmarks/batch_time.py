@@ -63,13 +63,18 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def epoch_seconds(trainer: Trainer, samples: int, batch: int, resolution: int) -> float:
-    """Train one whole epoch; its seconds, loading included."""
+    """Train two whole epochs; the seconds of the second, loading included.
+
+    All epochs of a stage but its first follow one of the same batch. The first steps at another
+    size are slower, and an epoch here is short.
+    """
     order = Order(
         OrderKind.TRAIN, end=samples, resolution=resolution, batch=batch, learning_rate=0.01
     )
-    report = trainer.train_round(order, lambda: False, lambda report: None)
-    if report is None:
-        raise RuntimeError("the round was given up")
+    for _ in range(2):
+        report = trainer.train_round(order, lambda: False, lambda report: None)
+        if report is None:
+            raise RuntimeError("the round was given up")
     return report.train_seconds + report.data_seconds
 
 
@@ -92,16 +97,17 @@ def measure(options: argparse.Namespace, trainer: Trainer) -> dict[tuple[int, in
     results: dict[tuple[int, int], Epochs] = defaultdict(Epochs)
     batches = {side: plan_batches(options, trainer, side) for side in options.resolutions}
     for _ in range(options.repeats):
-        for side, (largest, small) in batches.items():
-            large_seconds = epoch_seconds(trainer, options.samples, largest, side)
-            timing = profile_resolution(trainer, side, largest)
-            small_seconds = epoch_seconds(trainer, options.samples, small, side)
-            for batch, seconds in ((largest, large_seconds), (small, small_seconds)):
+        for side, sizes in batches.items():
+            # On both sides of the profile, so that a drift of the machine's speed cancels out.
+            before = [epoch_seconds(trainer, options.samples, batch, side) for batch in sizes]
+            timing = profile_resolution(trainer, side, sizes[0])
+            after = [epoch_seconds(trainer, options.samples, batch, side) for batch in sizes]
+            for batch, *seconds in zip(sizes, before, after, strict=True):
                 steps = len(split_evenly(options.samples, batch))
                 epochs = results[side, batch]
-                epochs.measured.append(seconds)
+                epochs.measured.append(statistics.mean(seconds))
                 epochs.predicted.append(timing.fit.line.of_steps(options.samples, steps))
-                epochs.naive.append(timing.points[-1][1] / largest * options.samples)
+                epochs.naive.append(timing.points[-1][1] / sizes[0] * options.samples)
     return results
 
 

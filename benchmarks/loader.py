@@ -1,9 +1,9 @@
 """Images per second: the cyclic loader beside a bare DALI pipeline and torchvision's DataLoader.
 
-All give batches of the same form (flipped, and with --warp also rotated and zoomed; normalised
-float32) from the same photographs, on the same cores. The cyclic loader reads packed shards with
-smaller copies for the low resolutions, as 'hdb pack FOLDER OUT --side 96 ...' writes them, and the
-originals; bare DALI and torchvision read the files. The loaders take turns.
+All give batches of the same form (cropped at random, flipped, normalised, float32) from the same
+photographs, on the same cores. The cyclic loader reads packed shards with smaller copies, as
+'hdb pack FOLDER OUT --side 96 ...' writes them, and the originals: each crop comes from the
+smallest copy that has its pixels. Bare DALI and torchvision read the files. The loaders take turns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from dali_pipelines.augmentation import Augmentation
 from dali_pipelines.classification import MEAN, STD
-from dali_pipelines.cyclic import Augmentation, Cycle, CyclicLoader
+from dali_pipelines.cyclic import Cycle, CyclicLoader
 from dali_pipelines.shards import Shards
 
 OF_DALI = Bar(0.95, most=False, percent=True)
 OF_TORCHVISION = Bar(2.5, most=False)
-ROTATION, ZOOM = 18.0, 0.25
+ROTATION, ZOOM, CROP_AREA = 18.0, 0.25, 0.08
 WARM_UP = 5
 """Batches before the clock starts: pipelines and processes are built, queues filled."""
 
@@ -40,11 +41,15 @@ Start = Callable[[], Iterator[object]]
 
 def cyclic(folder: Path, resolution: int, options: argparse.Namespace) -> Iterator[object]:
     """hpc-hdb's loader, on the packed photographs."""
-    how = Augmentation(True, ROTATION, ZOOM) if options.warp else Augmentation(True, 0, 0)
+    how = {
+        "crop": Augmentation(True, 0, 0, CROP_AREA),
+        "flip": Augmentation(True, 0, 0),
+        "warp": Augmentation(True, ROTATION, ZOOM),
+    }
     loader = CyclicLoader(
         Shards(folder),
         [Cycle(0, 10**6, resolution, options.batch)],
-        augmentation=how,
+        augmentation=how[options.augment],
         threads=options.cores,
     )
     return loader.batches()
@@ -56,10 +61,16 @@ def bare_dali(folder: Path, resolution: int, options: argparse.Namespace) -> Ite
     @pipeline_def(batch_size=options.batch, num_threads=options.cores, device_id=None)
     def pipeline() -> tuple:
         files, labels = fn.readers.file(file_root=str(folder), random_shuffle=True)
-        images = fn.decoders.image(files, output_type=types.RGB)
-        images = fn.resize(images, resize_shorter=resolution)
+        if options.augment == "crop":
+            images = fn.decoders.image_random_crop(
+                files, output_type=types.RGB, random_area=[CROP_AREA, 1]
+            )
+            images = fn.resize(images, size=(resolution, resolution))
+        else:
+            images = fn.decoders.image(files, output_type=types.RGB)
+            images = fn.resize(images, resize_shorter=resolution)
         mirror = fn.random.coin_flip()
-        if options.warp:
+        if options.augment == "warp":
             angle = fn.random.uniform(range=(-ROTATION, ROTATION))
             scale = fn.random.uniform(range=(1 - ZOOM, 1 + ZOOM))
             centre = (resolution / 2, resolution / 2)
@@ -88,8 +99,10 @@ def torchvision_loader(
 ) -> Iterator[object]:
     """torchvision's v2 transforms in a DataLoader with one process a core."""
     spatial: list[v2.Transform] = [v2.Resize(resolution), v2.CenterCrop(resolution)]
+    if options.augment == "crop":
+        spatial = [v2.RandomResizedCrop(resolution, scale=(CROP_AREA, 1))]
     spatial.append(v2.RandomHorizontalFlip())
-    if options.warp:
+    if options.augment == "warp":
         spatial.append(
             v2.RandomAffine(
                 ROTATION,
@@ -126,7 +139,8 @@ def main() -> None:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[96, 128, 160, 224])
     parser.add_argument("--batch", type=int, default=50, help="images in a batch")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--warp", action="store_true", help="rotate and zoom, too")
+    parser.add_argument("--augment", choices=["crop", "flip", "warp"], default="crop")
+    parser.add_argument("--sides", type=int, nargs="+", default=[96, 128, 160, 192], help="packed")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each loader")
     options = parser.parse_args()
@@ -134,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        sides = [word for side in options.resolutions for word in ("--side", str(side))]
+        sides = [word for side in options.sides for word in ("--side", str(side))]
         hdb = Path(sys.executable).with_name("hdb")
         run([hdb, "pack", options.data, Path(scratch) / "packed", *sides])
         packed, files = Path(scratch) / "packed" / "train", options.data / "train"

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from common import Bar, Sheet, arguments, image_folder
 
-from dali_pipelines.cyclic import Augmentation, Cycle, CyclicLoader
+from dali_pipelines.augmentation import Augmentation
+from dali_pipelines.cyclic import Cycle, CyclicLoader
 from hpc_hdb.train.data import ImageFiles, scan_folder
 
 BAR = Bar(1.0, most=True)

@@ -1,18 +1,17 @@
-"""Encoded images to normalised batches for classification, on the CPU or a GPU.
+"""Images to normalised batches for classification, on the CPU or a GPU.
 
-Both pipelines resize the shorter side to the resolution and crop the centre. Training then
-applies one affine map per image, given by the caller: nothing in a pipeline is random, so the
-same input gives the same batch whatever ran before.
+Nothing in a pipeline is random: what is drawn at random is an input of it, so the same input
+gives the same batch whatever ran before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
+import torch
 from nvidia.dali import Pipeline, fn
-from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 MEAN = (0.485, 0.456, 0.406)
@@ -21,147 +20,124 @@ STD = (0.229, 0.224, 0.225)
 """ImageNet's standard deviation of R, G and B, in units of full brightness."""
 
 
-def training_pipeline(
-    source: Callable[[], tuple[Sequence[np.ndarray], np.ndarray]],
+@dataclass(frozen=True)
+class Form:
+    """What a pipeline takes and gives.
+
+    Attributes
+    ----------
+    encoded : bool
+        Whether images come as JPEG or PNG files, to be decoded, or as pixels.
+    crops : bool
+        Whether a crop is given for each image; else the centre square is taken.
+    change : {"none", "flip", "warp"}
+        What is then done to an image, as given for each.
+    dtype : torch.dtype
+        Of the batches: torch.float32, torch.float16 or torch.bfloat16.
+    channels_last : bool
+        Whether the colours of a pixel lie side by side in memory, as GPUs convolve fastest.
+    """
+
+    encoded: bool = True
+    crops: bool = False
+    change: Literal["none", "flip", "warp"] = "none"
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+def image_pipeline(
+    source: Callable[[], tuple[Sequence[Any], ...]],
+    form: Form,
     resolution: int,
     largest_batch: int,
     threads: int,
     device_id: int | None = None,
-    warp: bool = True,
 ) -> Pipeline:
-    """Decode, resize, crop, flip or warp, and normalise.
+    """Decode, crop, resize, flip or warp, and normalise.
 
     Parameters
     ----------
     source : callable
-        Gives the next batch, at most `largest_batch` images: the bytes of their JPEG or PNG
-        files, ndarrays of uint8 with one dimension; and the maps of `affine_matrices`, an ndarray
-        of shape (b, 2, 3), float32, or, without `warp`, which images to flip left and right, of
-        shape (b,), int32, 0 or 1. Raises StopIteration at the end; after ``pipeline.reset()`` it
+        Gives the next batch of at most `largest_batch` images, as a tuple of: the images, each
+        an ndarray of uint8, of shape (bytes,) where encoded, else (h, w, 3), RGB; with `crops`,
+        their upper left corners and their sizes, each of shape (b, 2), int32, (y, x) in pixels;
+        to flip, which ones, shape (b,), int32, 0 or 1; to warp, the maps of `affine_matrices`,
+        shape (b, 2, 3), float32. Raises StopIteration at the end; after ``pipeline.reset()`` it
         is asked again.
+    form : Form
     resolution : int
         Side of the images given out, in pixels.
     largest_batch : int
     threads : int
         CPU threads, at least 1.
     device_id : int or None
-        The GPU that decodes and warps; None for the CPU.
-    warp : bool
-        Whether images are rotated and zoomed as well as flipped, which resamples them once more.
+        The GPU that decodes and resizes; None for the CPU.
 
     Returns
     -------
     Pipeline
-        Built. A run gives one output of shape (b, 3, resolution, resolution), layout NCHW,
-        float32, RGB, normalised by `MEAN` and `STD` (values about -2.1 to 2.6), on `device_id`.
+        Built. A run gives one output on `device_id`, RGB normalised by `MEAN` and `STD` (values
+        about -2.1 to 2.6): of shape (b, 3, resolution, resolution), or with `channels_last`
+        (b, resolution, resolution, 3); float32, or float16 where the form's dtype has 16 bits.
         Where a map leaves the image, the nearest border pixel is repeated.
     """
-
-    pipeline = _pipeline(largest_batch, threads, device_id)
+    inputs = [(DALIDataType.UINT8, 1 if form.encoded else 3, "" if form.encoded else "HWC")]
+    if form.crops:
+        inputs += [(DALIDataType.INT32, 1, "")] * 2
+    if form.change == "flip":
+        inputs.append((DALIDataType.INT32, 0, ""))
+    elif form.change == "warp":
+        inputs.append((DALIDataType.FLOAT, 2, ""))
+    dtypes, dimensions, layouts = (list(values) for values in zip(*inputs, strict=True))
+    pipeline = Pipeline(batch_size=largest_batch, num_threads=threads, device_id=device_id)
     with pipeline:
-        encoded, changes = fn.external_source(
-            source=source,
-            num_outputs=2,
-            dtype=[DALIDataType.UINT8, DALIDataType.FLOAT if warp else DALIDataType.INT32],
-            ndim=[1, 2 if warp else 0],
+        images: Any
+        images, *given = fn.external_source(
+            source=source, num_outputs=len(inputs), dtype=dtypes, ndim=dimensions, layout=layouts
         )
-        images = _resized(encoded, resolution, device_id)
-        if warp:
+        boxes = {"start": given.pop(0), "shape": given.pop(0)} if form.crops else {}
+        device = "cpu" if device_id is None else "gpu"
+        images = _decoded(images, boxes, device) if form.encoded else _cut(images, boxes, device)
+        if not boxes:
+            # Without subpixel_scale the whole image maps to the rounded size, as in Pillow.
+            images = fn.resize(images, resize_shorter=resolution, subpixel_scale=False)
+        else:
+            images = fn.resize(images, size=(resolution, resolution))
+        if form.change == "warp":
             images = fn.crop(images, crop=(resolution, resolution), rounding="truncate")
             # Float output keeps what lies between two levels, and is faster than rounding it.
-            images = fn.warp_affine(images, matrix=changes, dtype=DALIDataType.FLOAT)
-        pipeline.set_outputs(_normalised(images, resolution, mirror=0 if warp else changes))
+            images = fn.warp_affine(images, matrix=given[0], dtype=DALIDataType.FLOAT)
+        pipeline.set_outputs(
+            fn.crop_mirror_normalize(
+                images,
+                crop=(resolution, resolution),
+                rounding="truncate",  # of the crop's position, as in Pillow's integer division
+                mirror=given[0] if form.change == "flip" else 0,
+                mean=[255 * value for value in MEAN],
+                std=[255 * value for value in STD],
+                dtype=DALIDataType.FLOAT if form.dtype.itemsize == 4 else DALIDataType.FLOAT16,
+                output_layout="HWC" if form.channels_last else "CHW",
+            )
+        )
     pipeline.build()
     return pipeline
 
 
-def evaluation_pipeline(
-    source: Callable[[], Sequence[np.ndarray]],
-    resolution: int,
-    largest_batch: int,
-    threads: int,
-    device_id: int | None = None,
-) -> Pipeline:
-    """Decode, resize, crop and normalise; as `training_pipeline` without the warp.
-
-    Parameters
-    ----------
-    source : callable
-        Gives the encoded images of the next batch; otherwise as in `training_pipeline`.
-    resolution, largest_batch, threads, device_id
-        As in `training_pipeline`.
-
-    Returns
-    -------
-    Pipeline
-        As of `training_pipeline`.
-    """
-
-    pipeline = _pipeline(largest_batch, threads, device_id)
-    with pipeline:
-        encoded = fn.external_source(source=source, dtype=DALIDataType.UINT8, ndim=1)
-        images = _resized(encoded, resolution, device_id)
-        pipeline.set_outputs(_normalised(images, resolution))
-    pipeline.build()
-    return pipeline
+def _decoded(encoded: Any, boxes: dict[str, Any], device: str) -> Any:
+    """Decoded to RGB, uint8, layout HWC: only the crop's part, where there is one."""
+    how: dict[str, Any] = {
+        "device": "cpu" if device == "cpu" else "mixed",
+        "output_type": DALIImageType.RGB,
+        "adjust_orientation": False,  # as Pillow and torchvision leave it
+        "affine": False,  # pinned threads of several processes on a node would share cores
+    }
+    if not boxes:
+        return fn.decoders.image(encoded, **how)
+    return fn.decoders.image_slice(encoded, axis_names="HW", **boxes, **how)
 
 
-def affine_matrices(
-    mirrored: np.ndarray, angles: np.ndarray, scales: np.ndarray, side: int
-) -> np.ndarray:
-    """Maps from pixels of the output to pixels of the input that keep the centre.
-
-    Parameters
-    ----------
-    mirrored : ndarray, shape (b,), bool
-        Flip left and right.
-    angles : ndarray, shape (b,), float
-        Rotation, in radians.
-    scales : ndarray, shape (b,), float
-        Input pixels per output pixel: below 1 enlarges the centre.
-    side : int
-        Side of the square images, in pixels.
-
-    Returns
-    -------
-    ndarray, shape (b, 2, 3), float32
-        ``(x, y)`` of the input is the matrix times ``(x, y, 1)`` of the output, measured from
-        the image's upper left corner.
-    """
-    side_sign = np.where(mirrored, -1.0, 1.0)
-    cosine, sine = scales * np.cos(angles), scales * np.sin(angles)
-    linear = np.stack([cosine * side_sign, -sine, sine * side_sign, cosine], axis=1)
-    linear = linear.reshape(-1, 2, 2)
-    shift = side / 2 * (1 - linear.sum(axis=2, keepdims=True))
-    return np.concatenate([linear, shift], axis=2).astype(np.float32)
-
-
-def _pipeline(largest_batch: int, threads: int, device_id: int | None) -> Pipeline:
-    return Pipeline(batch_size=largest_batch, num_threads=threads, device_id=device_id)
-
-
-def _resized(encoded: Any, resolution: int, device_id: int | None) -> Any:
-    """Decoded to RGB, uint8, layout HWC, the shorter side `resolution` pixels."""
-    images = fn.decoders.image(
-        encoded,
-        device="cpu" if device_id is None else "mixed",
-        output_type=DALIImageType.RGB,
-        adjust_orientation=False,  # as Pillow and torchvision leave it
-        affine=False,  # pinned threads of several processes on a node would share the same cores
-    )
-    # Without subpixel_scale the whole image maps to the rounded size, as in Pillow.
-    return fn.resize(images, resize_shorter=resolution, subpixel_scale=False)
-
-
-def _normalised(images: DataNode, resolution: int, mirror: Any = 0) -> DataNode:
-    """The centre crop, float32, layout CHW, of zero mean and unit deviation; flipped on request."""
-    return fn.crop_mirror_normalize(
-        images,
-        crop=(resolution, resolution),
-        rounding="truncate",  # of the crop's position, as in Pillow's integer division
-        mirror=mirror,
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
-        dtype=DALIDataType.FLOAT,
-        output_layout="CHW",
-    )
+def _cut(images: Any, boxes: dict[str, Any], device: str) -> Any:
+    """The crop's part of each image, or all of it, on the device."""
+    if boxes:
+        images = fn.slice(images, axis_names="HW", **boxes)
+    return images if device == "cpu" else images.gpu()

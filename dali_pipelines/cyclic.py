@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.classification import affine_matrices
-from dali_pipelines.feed import Feed, Kind
+from dali_pipelines.augmentation import PLAIN, Augmentation, needed_sides
+from dali_pipelines.classification import Form
+from dali_pipelines.feed import Feed
 
 READERS = 4
 """Threads that read files: enough to hide the latency of a parallel file system."""
@@ -23,17 +24,26 @@ _NOTICE = 32
 
 
 class Images(Protocol):
-    """Labelled images in encoded form; `dali_pipelines.shards.Shards` is one.
+    """Labelled images; `dali_pipelines.shards.Shards` is one.
 
     Attributes
     ----------
     labels : ndarray, shape (n,), int64
+    encoded : bool
+        Whether `read` gives the bytes of JPEG or PNG files, or pixels.
     """
 
     labels: np.ndarray
+    encoded: bool
 
-    def read(self, sample: int, resolution: int) -> np.ndarray:
-        """The bytes of a JPEG or PNG file, ndarray of uint8, for use at `resolution`."""
+    def read(self, sample: int, side: int) -> np.ndarray:
+        """An image whose shorter side has at least `side` pixels, if there is one.
+
+        Returns
+        -------
+        ndarray, uint8
+            Of shape (bytes,) where encoded, else (h, w, 3), RGB.
+        """
         ...
 
 
@@ -57,28 +67,6 @@ class Cycle:
     batch: int
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random flip, rotation by up to `rotation` degrees, zoom by up to the share `zoom`."""
-
-    flip: bool = True
-    rotation: float = 18.0
-    zoom: float = 0.25
-
-    @property
-    def kind(self) -> Kind:
-        """What it takes of a pipeline."""
-        return "warp" if self.rotation or self.zoom else "flip"
-
-    def changes(
-        self, mirrored: np.ndarray, angles: np.ndarray, scales: np.ndarray, side: int
-    ) -> np.ndarray:
-        """What `training_pipeline` takes of draws as `affine_matrices` takes them."""
-        if self.kind == "flip":
-            return mirrored.astype(np.int32)
-        return affine_matrices(mirrored, angles, scales, side)
-
-
 class CyclicLoader:
     """The batches of one worker, epoch after epoch, through all cycles.
 
@@ -95,12 +83,15 @@ class CyclicLoader:
         Begin and end of this worker's positions in each epoch's permutation.
     seed : int
         Of the permutations and the augmentation: the same seed gives the same batches.
-    augmentation : Augmentation or None
-        None leaves the images as they are.
+    augmentation : Augmentation
     threads : int
         CPU threads that decode.
     device : torch.device
         Where images are decoded and given out.
+    dtype : torch.dtype
+        Of the images: torch.float32, torch.float16 or torch.bfloat16.
+    channels_last : bool
+        The images' memory format.
 
     Raises
     ------
@@ -114,9 +105,11 @@ class CyclicLoader:
         cycles: Sequence[Cycle],
         share: tuple[int, int] | None = None,
         seed: int = 0,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation = PLAIN,
         threads: int = 2,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> None:
         samples = len(images.labels)
         begin, end = share if share is not None else (0, samples)
@@ -136,6 +129,9 @@ class CyclicLoader:
         self._share = (begin, end)
         self._seed = seed
         self._augmentation = augmentation
+        self._form = Form(
+            images.encoded, augmentation.crops, augmentation.change, dtype, channels_last
+        )
         self._threads = threads
         self._device = torch.device(device)
 
@@ -151,7 +147,7 @@ class CyclicLoader:
         ------
         epoch, step : int
             Of the batch; the step counts the batches of its epoch.
-        images : Tensor, shape (b, 3, resolution, resolution), float32
+        images : Tensor, shape (b, 3, resolution, resolution), of the loader's dtype
             Normalised, on the device.
         labels : Tensor, shape (b,), int64
             On the device.
@@ -177,8 +173,8 @@ class CyclicLoader:
 
     def _begin(self, cycle: Cycle, place: tuple[int, int], readers: ThreadPoolExecutor) -> Feed:
         """A feed that has decoded its first batch, at `place` (epoch and step)."""
-        kind = self._augmentation.kind if self._augmentation else "plain"
-        feed = Feed(cycle.resolution, cycle.batch, kind, self._threads, self._device, readers)
+        shape = (cycle.resolution, cycle.batch, self._threads)
+        feed = Feed(self._form, *shape, self._device, readers)
         requests = self._requests(cycle, place)
         feed.start((partial(self._read, cycle, *request) for request in requests), prefetch=True)
         return feed
@@ -195,14 +191,12 @@ class CyclicLoader:
             for step in range(first, self.steps(cycle)):
                 yield epoch, step, own[step * cycle.batch : (step + 1) * cycle.batch]
 
-    def _read(self, cycle: Cycle, epoch: int, step: int, chosen: np.ndarray) -> object:
-        encoded = [self._images.read(int(sample), cycle.resolution) for sample in chosen]
-        if self._augmentation is None:
-            return encoded
+    def _read(
+        self, cycle: Cycle, epoch: int, step: int, chosen: np.ndarray
+    ) -> tuple[Sequence[np.ndarray] | np.ndarray, ...]:
         generator = np.random.default_rng([self._seed, epoch, self._share[0], step])
-        draws = generator.random((3, len(chosen)))
-        how = self._augmentation
-        mirrored = (draws[0] < 0.5) & how.flip
-        angles = np.radians((draws[1] * 2 - 1) * how.rotation)
-        scales = 1 + (draws[2] * 2 - 1) * how.zoom
-        return encoded, how.changes(mirrored, angles, scales, cycle.resolution)
+        draws = self._augmentation.draw(len(chosen), generator)
+        sides = needed_sides(draws.crops, cycle.resolution)
+        places = zip(chosen.tolist(), sides.tolist(), strict=True)
+        images = [self._images.read(sample, side) for sample, side in places]
+        return images, *self._augmentation.inputs(draws, cycle.resolution, images)

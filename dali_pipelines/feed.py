@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dali_pipelines.classification import evaluation_pipeline, training_pipeline
+from dali_pipelines.classification import Form, image_pipeline
 
 AHEAD = 3
 """Batches that are being read beyond those that DALI has asked for."""
 
-Kind = Literal["plain", "flip", "warp"]
-Job = Callable[[], Any]
-"""Reads one batch: gives what a pipeline's source gives."""
+Job = Callable[[], tuple[Any, ...]]
+"""Reads one batch: gives what the source of `image_pipeline` gives."""
 
 
 class Feed:
@@ -25,12 +24,10 @@ class Feed:
 
     Parameters
     ----------
+    form : Form
     resolution : int
         Side of the images, in pixels.
     largest_batch : int
-    kind : {"plain", "flip", "warp"}
-        What a job gives: the encoded images alone, for `evaluation_pipeline`; or with what is to
-        be flipped, or with the maps of `affine_matrices`, for `training_pipeline`.
     threads : int
         CPU threads that decode, at least 1.
     device : torch.device
@@ -41,25 +38,23 @@ class Feed:
 
     def __init__(
         self,
+        form: Form,
         resolution: int,
         largest_batch: int,
-        kind: Kind,
         threads: int,
         device: torch.device,
         readers: ThreadPoolExecutor,
     ) -> None:
-        self.resolution = resolution
         self.largest_batch = largest_batch
+        self._form = form
         self._device = device
         device_id = None
         if device.type == "cuda":
             device_id = torch.cuda.current_device() if device.index is None else device.index
         self._source = _ReadAhead(readers)
-        shape = (resolution, largest_batch, threads, device_id)
-        if kind == "plain":
-            self._pipeline = evaluation_pipeline(self._source, *shape)
-        else:
-            self._pipeline = training_pipeline(self._source, *shape, warp=kind == "warp")
+        self._pipeline = image_pipeline(
+            self._source, form, resolution, largest_batch, threads, device_id
+        )
         self._first: Tensor | None = None
 
     def start(self, jobs: Iterator[Job], prefetch: bool = False) -> None:
@@ -79,8 +74,8 @@ class Feed:
 
         Returns
         -------
-        Tensor, shape (b, 3, resolution, resolution), float32
-            Normalised, on the device; on a GPU in channels-last order.
+        Tensor, shape (b, 3, resolution, resolution), of the form's dtype
+            Normalised, on the device; in memory channels last where the form says so.
 
         Raises
         ------
@@ -101,11 +96,10 @@ class Feed:
     def _run(self) -> Tensor:
         if self._device.type == "cpu":
             (images,) = self._pipeline.run()
-            pixels: Tensor = torch.from_dlpack(images.as_tensor())
-            return pixels
-        # Bound to torch's stream, DALI reuses the memory only after torch's work on it.
-        (images,) = self._pipeline.run(torch.cuda.current_stream(self._device))
-        return torch.from_dlpack(images.as_tensor()).contiguous(memory_format=torch.channels_last)
+        else:  # bound to torch's stream, DALI reuses the memory only after torch's work on it
+            (images,) = self._pipeline.run(torch.cuda.current_stream(self._device))
+        pixels = torch.from_dlpack(images.as_tensor()).to(self._form.dtype)
+        return pixels.permute(0, 3, 1, 2) if self._form.channels_last else pixels
 
 
 class _ReadAhead:

@@ -66,6 +66,8 @@ class Shards:
     classes : list of str
     labels : ndarray, shape (n,), int64
         Positions in `classes`.
+    encoded : bool
+        True: `read` gives the bytes of files.
     sides : list of int
         Shorter sides, in pixels, of the variants beside the originals, rising.
 
@@ -74,6 +76,8 @@ class Shards:
     ShardError
         If there is no complete packed split.
     """
+
+    encoded = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -92,15 +96,15 @@ class Shards:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def variant(self, resolution: int) -> str:
-        """The variant that costs least to decode and has the pixels for `resolution`."""
-        for side in self.sides:
-            if side >= resolution:
-                return str(side)
+    def variant(self, side: int) -> str:
+        """The variant that costs least to decode and has shorter sides of `side` pixels."""
+        for packed in self.sides:
+            if packed >= side:
+                return str(packed)
         return ORIGINAL if self._has_originals else str(self.sides[-1])
 
-    def read(self, sample: int, resolution: int) -> np.ndarray:
-        """The encoded image of a sample, for training at `resolution`.
+    def read(self, sample: int, side: int) -> np.ndarray:
+        """The encoded image of a sample, its shorter side of `side` pixels or more where it has.
 
         Returns
         -------
@@ -111,20 +115,21 @@ class Shards:
         ShardError
             If the shard is gone or too short.
         """
-        variant = self.variant(resolution)
+        variant = self.variant(side)
         entry = self._index(variant)[sample]
         path = self._path(variant, entry)
         try:
-            data = os.pread(self._open(path).descriptor, int(entry["size"]), int(entry["offset"]))
+            file = self._open(path)  # kept: else it may be closed before it is read
+            data = os.pread(file.descriptor, int(entry["size"]), int(entry["offset"]))
         except OSError as error:
             raise ShardError(f"cannot read {path}: {error.strerror}") from None
         if len(data) != entry["size"]:
             raise ShardError(f"{path} is shorter than its index says: pack it again")
         return np.frombuffer(data, dtype=np.uint8)
 
-    def name(self, sample: int, resolution: int) -> str:
+    def name(self, sample: int, side: int) -> str:
         """Where a sample is, and what file it was packed from, for messages."""
-        variant = self.variant(resolution)
+        variant = self.variant(side)
         with open(self.folder / "names.txt", encoding="utf-8", errors="surrogateescape") as lines:
             source = next(line for number, line in enumerate(lines) if number == sample)
         return f"{source.rstrip()} in {self._path(variant, self._index(variant)[sample])}"

@@ -123,6 +123,8 @@ class Train(Section):
     """Degrees to either side."""
     zoom: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Largest relative change of size, to either side."""
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Least share of an image that a random crop keeps, such as 0.08; 1 takes the centre."""
 
 
 class Run(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: its loader was not tested")
 
-from dali_pipelines.classification import MEAN, STD, affine_matrices
-from hpc_hdb.config import Data, Train
+from dali_pipelines.augmentation import PLAIN, Augmentation
+from dali_pipelines.classification import MEAN, STD, Form
+from dali_pipelines.feed import Feed
+from hpc_hdb.config import Data
 from hpc_hdb.errors import UserError
 from hpc_hdb.train import augment
 from hpc_hdb.train.dali_loader import DaliLoader
@@ -72,8 +75,8 @@ def shuffled(files: ImageFiles, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("threads", [0, 2])
 def test_evaluation_gives_what_torch_gives(files: ImageFiles, threads: int) -> None:
     indices, sizes = shuffled(files), [15, 14, 14, 14]
-    images, labels = collect(DaliLoader(files, threads, None, CPU), indices, sizes)
-    expected, expected_labels = collect(TorchLoader(files, 0, None, CPU), indices, sizes)
+    images, labels = collect(DaliLoader(files, threads, PLAIN, CPU), indices, sizes)
+    expected, expected_labels = collect(TorchLoader(files, 0, PLAIN, CPU), indices, sizes)
     assert images.dtype == torch.float32
     assert torch.equal(labels, expected_labels)
     errors = (images - expected).abs().mean(dim=(1, 2, 3))
@@ -84,40 +87,42 @@ def test_evaluation_gives_what_torch_gives(files: ImageFiles, threads: int) -> N
 def test_augmentation_maps_images_as_torch_does(files: ImageFiles) -> None:
     """Away from the border, which the loaders fill differently, the same seed looks the same."""
     indices, sizes = shuffled(files), [19, 19, 19]
-    images, _ = collect(DaliLoader(files, 1, Train(), CPU), indices, sizes, seed=7)
-    expected, _ = collect(TorchLoader(files, 0, Train(), CPU), indices, sizes, seed=7)
+    images, _ = collect(DaliLoader(files, 1, Augmentation(), CPU), indices, sizes, seed=7)
+    expected, _ = collect(TorchLoader(files, 0, Augmentation(), CPU), indices, sizes, seed=7)
     errors = (images - expected)[:, :, 8:24, 8:24].abs().mean(dim=(1, 2, 3))
     assert errors.max() < LEVEL
 
 
 def test_seed_decides_the_augmentation(files: ImageFiles) -> None:
     indices, sizes = shuffled(files), [29, 28]
-    loader = DaliLoader(files, 1, Train(), CPU)
+    loader = DaliLoader(files, 1, Augmentation(), CPU)
     first, _ = collect(loader, indices, sizes, seed=1)
     other, _ = collect(loader, indices, sizes, seed=2)
     again, _ = collect(loader, indices, sizes, seed=1)
-    elsewhere, _ = collect(DaliLoader(files, 2, Train(), CPU), indices, sizes, seed=1)
+    elsewhere, _ = collect(DaliLoader(files, 2, Augmentation(), CPU), indices, sizes, seed=1)
     assert torch.equal(first, again)
     assert torch.equal(first, elsewhere)
     assert ((first - other).abs().mean(dim=(1, 2, 3)) > LEVEL).sum() > len(indices) / 2
 
 
-@pytest.mark.parametrize("augmentation", [None, Train(flip=False, rotation=0, zoom=0)])
-def test_nothing_random_without_augmentation(files: ImageFiles, augmentation: Train | None) -> None:
+@pytest.mark.parametrize(
+    "augmentation", [PLAIN, Augmentation(flip=False, rotation=0, zoom=0, crop_area=1)]
+)
+def test_nothing_random_without_augmentation(files: ImageFiles, augmentation: Augmentation) -> None:
     indices, sizes = shuffled(files), [29, 28]
     loader = DaliLoader(files, 1, augmentation, CPU)
     first, _ = collect(loader, indices, sizes, seed=1)
     other, _ = collect(loader, indices, sizes, seed=2)
-    plain, _ = collect(DaliLoader(files, 1, None, CPU), indices, sizes)
+    plain, _ = collect(DaliLoader(files, 1, PLAIN, CPU), indices, sizes)
     assert torch.equal(first, other)
     assert torch.allclose(first, plain, atol=1e-4)
 
 
 def test_flip_alone_mirrors_about_half_of_the_images(files: ImageFiles) -> None:
     indices, sizes = shuffled(files), [29, 28]
-    loader = DaliLoader(files, 1, Train(flip=True, rotation=0, zoom=0), CPU)
+    loader = DaliLoader(files, 1, Augmentation(flip=True, rotation=0, zoom=0), CPU)
     images, _ = collect(loader, indices, sizes, seed=3)
-    plain, _ = collect(DaliLoader(files, 1, None, CPU), indices, sizes)
+    plain, _ = collect(DaliLoader(files, 1, PLAIN, CPU), indices, sizes)
     same = [torch.allclose(a, b, atol=1e-3) for a, b in zip(images, plain, strict=True)]
     mirrored = [torch.allclose(a, b.flip(2), atol=1e-3) for a, b in zip(images, plain, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))
@@ -126,7 +131,7 @@ def test_flip_alone_mirrors_about_half_of_the_images(files: ImageFiles) -> None:
 
 def test_resolution_switches_back_and_forth(files: ImageFiles) -> None:
     indices = shuffled(files)[:12]
-    loader = DaliLoader(files, 1, Train(), CPU)
+    loader = DaliLoader(files, 1, Augmentation(), CPU)
     reference = {}
     for resolution in (24, 32, 40, 24, 32, 40):
         loader.prepare(resolution, 6)
@@ -138,7 +143,7 @@ def test_resolution_switches_back_and_forth(files: ImageFiles) -> None:
 @pytest.mark.parametrize("sizes", [[1], [3], [9], [5, 4], [2] * 5, [1] * 12])
 def test_batches_larger_than_prepared_for(files: ImageFiles, sizes: list[int]) -> None:
     indices = shuffled(files)[: sum(sizes)]
-    loader = DaliLoader(files, 1, Train(), CPU)
+    loader = DaliLoader(files, 1, Augmentation(), CPU)
     loader.prepare(32, 2)
     _, labels = collect(loader, indices, sizes)
     assert labels.tolist() == files.labels[indices].tolist()
@@ -147,8 +152,10 @@ def test_batches_larger_than_prepared_for(files: ImageFiles, sizes: list[int]) -
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
 def test_an_abandoned_round_leaves_nothing_behind(files: ImageFiles, taken: int) -> None:
     indices, sizes = shuffled(files)[:20], [4] * 5
-    expected, expected_labels = collect(DaliLoader(files, 1, Train(), CPU), indices, sizes, seed=1)
-    loader = DaliLoader(files, 1, Train(), CPU)
+    expected, expected_labels = collect(
+        DaliLoader(files, 1, Augmentation(), CPU), indices, sizes, seed=1
+    )
+    loader = DaliLoader(files, 1, Augmentation(), CPU)
     abandoned = loader.batches(shuffled(files, 1)[:20], sizes, 32, 2)
     for _ in range(taken):
         next(abandoned)
@@ -159,7 +166,7 @@ def test_an_abandoned_round_leaves_nothing_behind(files: ImageFiles, taken: int)
 
 
 def test_batches_stay_as_they_were_given(files: ImageFiles) -> None:
-    batches = DaliLoader(files, 1, None, CPU).batches(shuffled(files), [19, 19, 19], 32, 0)
+    batches = DaliLoader(files, 1, PLAIN, CPU).batches(shuffled(files), [19, 19, 19], 32, 0)
     first, _ = next(batches)
     copy = first.clone()
     for _ in batches:
@@ -202,7 +209,7 @@ def test_an_unreadable_file_is_named(
     indices, sizes = shuffled(files)[:20], [5] * 4
     culprit = files.paths[indices[position]]
     damage(Path(culprit))
-    loader = DaliLoader(files, 1, Train(), CPU)
+    loader = DaliLoader(files, 1, Augmentation(), CPU)
     with pytest.raises(UserError) as caught:
         list(loader.batches(indices, sizes, 32, 0))
     assert culprit in str(caught.value)
@@ -220,10 +227,10 @@ def test_unreadable_files_are_left_out(
 ) -> None:
     """The others come as if nothing had happened, with their own labels and changes."""
     indices, sizes = shuffled(files)[:20], [5] * 4
-    whole, labels = collect(DaliLoader(files, 2, Train(), CPU), indices, sizes)
+    whole, labels = collect(DaliLoader(files, 2, Augmentation(), CPU), indices, sizes)
     for position in bad:
         damage(Path(files.paths[indices[position]]))
-    loader = DaliLoader(files, 2, Train(), CPU, skip=True)
+    loader = DaliLoader(files, 2, Augmentation(), CPU, skip=True)
     left = np.delete(np.arange(20), bad)
     for _ in range(2):  # the second time they are known
         batches = list(loader.batches(indices, sizes, 32, 0))
@@ -235,34 +242,76 @@ def test_unreadable_files_are_left_out(
 def test_an_abandoned_round_with_an_unreadable_file(files: ImageFiles) -> None:
     indices = shuffled(files)[:20]
     write_text(Path(files.paths[indices[5]]))
-    loader = DaliLoader(files, 1, None, CPU)
+    loader = DaliLoader(files, 1, PLAIN, CPU)
     abandoned = loader.batches(indices, [5] * 4, 32, 0)
     next(abandoned)
     _, labels = collect(loader, indices[10:], [5, 5])
     assert labels.tolist() == files.labels[indices[10:]].tolist()
 
 
-def test_make_loader(files: ImageFiles) -> None:
-    """DALI where it is asked for, or where a GPU waits for files; never for images in memory."""
-    images = ImageArray(["a"], np.zeros(1, np.int64), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    cuda = torch.device("cuda", 0)
-    assert isinstance(make_loader(files, Data(loader="dali"), None, CPU), DaliLoader)
-    assert isinstance(make_loader(files, Data(loader="auto"), None, cuda), DaliLoader)
-    assert isinstance(make_loader(files, Data(loader="auto"), None, CPU), TorchLoader)
-    assert isinstance(make_loader(files, Data(loader="torch"), None, cuda), TorchLoader)
-    assert isinstance(make_loader(images, Data(loader="auto"), None, CPU), TorchLoader)
-    with pytest.raises(UserError, match="in memory"):
-        make_loader(images, Data(loader="dali", source="cifar10"), None, CPU)
+def pixels(count: int = 6, side: int = 20) -> ImageArray:
+    """Images in memory."""
+    images = [np.asarray(picture(side, side, seed)) for seed in range(count)]
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return ImageArray(["a", "b"], np.arange(count) % 2, stacked)
 
 
-def test_affine_matrices_keep_the_centre_and_mirror_the_corners() -> None:
-    matrices = affine_matrices(
-        np.array([False, True, False]), np.array([0.3, 0, 0]), np.array([1.2, 1, 0.5]), side=8
+CROPPED = Augmentation(rotation=0, zoom=0, crop_area=0.2)
+
+
+@pytest.mark.parametrize("how", [CROPPED, Augmentation(crop_area=0.5)])
+def test_random_crops_are_those_of_the_torch_loader(files: ImageFiles, how: Augmentation) -> None:
+    """Decoded in part only; away from the border, which rotation fills differently."""
+    indices, sizes = shuffled(files), [19, 19, 19]
+    images, labels = collect(DaliLoader(files, 2, how, CPU), indices, sizes, seed=7)
+    expected, expected_labels = collect(TorchLoader(files, 0, how, CPU), indices, sizes, seed=7)
+    plain, _ = collect(DaliLoader(files, 2, PLAIN, CPU), indices, sizes)
+    assert torch.equal(labels, expected_labels)
+    inner = slice(8, 24) if how.change == "warp" else slice(None)
+    errors = (images - expected)[..., inner, inner].abs().mean(dim=(1, 2, 3))
+    assert errors.max() < 2 * LEVEL, files.paths[indices[errors.argmax()]]
+    assert ((images - plain).abs().mean(dim=(1, 2, 3)) > LEVEL).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("how", [PLAIN, CROPPED, Augmentation()])
+def test_images_in_memory(how: Augmentation) -> None:
+    """CIFAR's arrays, say: as the torch loader gives them."""
+    indices, sizes = np.array([5, 1, 2, 0]), [3, 1]
+    images, labels = collect(DaliLoader(pixels(), 1, how, CPU), indices, sizes, seed=3)
+    expected, expected_labels = collect(TorchLoader(pixels(), 0, how, CPU), indices, sizes, seed=3)
+    assert torch.equal(labels, expected_labels)
+    assert (images - expected)[..., 8:24, 8:24].abs().mean() < 2 * LEVEL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_form_that_is_asked_for(
+    files: ImageFiles, dtype: torch.dtype, channels_last: bool
+) -> None:
+    with ThreadPoolExecutor(1) as readers:
+        form = Form(dtype=dtype, channels_last=channels_last)
+        feed = Feed(form, 24, 4, 1, CPU, readers)
+        feed.start(iter([lambda: ([files.read(sample, 24) for sample in range(4)],)]))
+        images = feed.next()
+    assert images.dtype == dtype
+    assert images.shape == (4, 3, 24, 24)
+    assert images.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
-    assert matrices.dtype == np.float32
-    np.testing.assert_allclose(matrices @ [4, 4, 1], np.full((3, 2), 4), rtol=1e-6)
-    np.testing.assert_allclose(matrices[1] @ [0, 0, 1], [8, 0], atol=1e-6)
-    np.testing.assert_allclose(matrices[2] @ [0, 0, 1], [2, 2], atol=1e-6)
+    (expected, _), *_ = DaliLoader(files, 1).batches(np.arange(4), [4], 24, 0)
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(images.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_make_loader(files: ImageFiles) -> None:
+    """DALI where it is asked for, or where a GPU waits for files."""
+    cuda = torch.device("cuda", 0)
+    assert isinstance(make_loader(files, Data(loader="dali"), PLAIN, CPU), DaliLoader)
+    assert isinstance(make_loader(files, Data(loader="auto"), PLAIN, cuda), DaliLoader)
+    assert isinstance(make_loader(files, Data(loader="auto"), PLAIN, CPU), TorchLoader)
+    assert isinstance(make_loader(files, Data(loader="torch"), PLAIN, cuda), TorchLoader)
+    assert isinstance(make_loader(pixels(), Data(loader="auto"), PLAIN, cuda), TorchLoader)
+    assert isinstance(make_loader(pixels(), Data(loader="dali"), PLAIN, CPU), DaliLoader)
 
 
 def test_both_loaders_normalise_alike() -> None:

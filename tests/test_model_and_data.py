@@ -1,4 +1,4 @@
-"""What is trained, and on what: models as flat buffers, merges, images, augmentation, loaders."""
+"""What is trained, and on what: models as flat buffers, merges, images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import functional as reference_transforms
 
-from hpc_hdb.config import Data, Model, Train
+from hpc_hdb.config import Data, Model
 from hpc_hdb.errors import UserError
 from hpc_hdb.train import data as data_module
-from hpc_hdb.train.augment import draw_affine, normalise, random_affine
 from hpc_hdb.train.data import (
     ImageArray,
     ImageFiles,
@@ -32,7 +30,6 @@ from hpc_hdb.train.data import (
     prepare_data,
     scan_folder,
 )
-from hpc_hdb.train.loader import TorchLoader, make_loader
 from hpc_hdb.train.merge import MERGES, reduction_weights
 from hpc_hdb.train.model import build_model, set_dropout
 from hpc_hdb.train.parameters import FlatModel
@@ -367,7 +364,7 @@ def image_files(*paths: Path) -> ImageFiles:
 
 def decoded(path: Path, resolution: int) -> np.ndarray:
     """The one image, shape (resolution, resolution, 3), as wide numbers."""
-    image = image_files(path).load(np.array([0]), resolution)
+    image = image_files(path).load(np.array([0]), resolution)[0]
     assert (image.dtype, image.shape) == (torch.uint8, (1, 3, resolution, resolution))
     return image[0].permute(1, 2, 0).numpy().astype(int)
 
@@ -603,10 +600,10 @@ def test_synthetic_images_are_the_same_on_every_rank_and_others_when_held_out() 
 def test_images_in_memory_are_resized_only_where_they_must_be() -> None:
     images = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8)
     data = ImageArray(["one"], np.zeros(2, dtype=np.int64), images)
-    assert torch.equal(data.load(np.array([1, 0]), 8), images.flip(0))
+    assert torch.equal(data.load(np.array([1, 0]), 8)[0], images.flip(0))
     flat = ImageArray(["one"], data.labels, torch.full((2, 3, 8, 8), 77, dtype=torch.uint8))
     for side in (5, 16):
-        assert torch.equal(flat.load(np.array([0]), side), torch.full((1, 3, side, side), 77))
+        assert torch.equal(flat.load(np.array([0]), side)[0], torch.full((1, 3, side, side), 77))
 
 
 @pytest.fixture
@@ -650,191 +647,3 @@ def test_cifar_that_is_cut_short_is_not_trained_on(offline: socket.socket, tmp_p
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
     with pytest.raises(UserError, match="corrupted"):
         open_data(Data(source="cifar10", path=tmp_path), "train")
-
-
-# ---- augmentation -----------------------------------------------------------------------------
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_with_everything_off_images_stay_as_they_are() -> None:
-    images = some_images()
-    assert torch.equal(random_affine(images, seeded(0), False, 0, 0), images)
-
-
-def test_flipping_alone_mirrors_about_half_and_resamples_none() -> None:
-    images = some_images(400)
-    flipped = random_affine(images, seeded(0), True, 0, 0)
-    same = (flipped == images).flatten(1).all(1)
-    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
-    assert (same ^ mirrored).all()
-    assert 150 < int(mirrored.sum()) < 250
-
-
-@pytest.mark.parametrize(
-    ("flip", "rotation", "zoom"), [(False, 18, 0), (False, 0, 0.25), (True, 18, 0.25)]
-)
-def test_a_seed_fixes_what_is_done_to_the_images(flip: bool, rotation: float, zoom: float) -> None:
-    images = some_images(4, 24)
-    done = random_affine(images, seeded(5), flip, rotation, zoom)
-    assert done.shape == images.shape
-    assert done.dtype == torch.float32
-    assert torch.equal(done, random_affine(images, seeded(5), flip, rotation, zoom))
-    assert not torch.equal(done, random_affine(images, seeded(6), flip, rotation, zoom))
-    assert not torch.equal(done, images)
-    assert done.min() >= images.min()
-    assert done.max() <= images.max()
-
-
-def test_draws_stay_within_what_is_set() -> None:
-    mirrored, angles, scales = draw_affine(2000, seeded(0), True, 18, 0.25)
-    assert 0.45 < mirrored.float().mean() < 0.55
-    degrees = angles.rad2deg()
-    assert -18 <= degrees.min() < -17 < 17 < degrees.max() <= 18
-    assert 0.75 <= scales.min() < 0.76 < 1.24 < scales.max() <= 1.25
-
-
-def test_images_are_flipped_rotated_and_zoomed_about_their_centre() -> None:
-    """A spot moves to where the draw sends it."""
-    side, count, spot = 64, 16, torch.tensor([12.0, 5.0])
-    across = torch.arange(side) - (side - 1) / 2
-    down, right = torch.meshgrid(across, across, indexing="ij")
-    blob = torch.exp(-((right - spot[0]) ** 2 + (down - spot[1]) ** 2) / 8)
-    images = random_affine(blob.expand(count, 3, side, side), seeded(7), True, 18, 0.25)
-    mirrored, angles, scales = draw_affine(count, seeded(7), True, 18, 0.25)
-    assert 0 < mirrored.sum() < count
-    weight = images[:, 0].sum((1, 2))
-    x = (images[:, 0] * right).sum((1, 2)) / weight
-    y = (images[:, 0] * down).sum((1, 2)) / weight
-    there = torch.stack((torch.where(mirrored, -x, x), y), 1)
-    distance = spot.norm() / scales
-    angle = torch.atan2(spot[1], spot[0]) - angles
-    expected = torch.stack((distance * angle.cos(), distance * angle.sin()), 1)
-    torch.testing.assert_close(there, expected, rtol=0, atol=0.3)
-
-
-def test_images_are_normalised_as_torchvision_does() -> None:
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
-    expected = reference_transforms.normalize(
-        images.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    )
-    torch.testing.assert_close(normalise(images), expected)
-
-
-# ---- loaders ----------------------------------------------------------------------------------
-
-BROKEN = 5
-"""Position of the image that cannot be decoded, among those of `loaders`."""
-
-AUGMENTED = Train(flip=True, rotation=18, zoom=0.25)
-
-
-@pytest.fixture(scope="module")
-def loaders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, TorchLoader]:
-    """Loaders of the same twelve files, by the number of processes that decode for them."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(8)
-    paths = [folder / f"{number:02d}.jpg" for number in range(12)]
-    for path in paths:
-        Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
-    paths[BROKEN].write_text("no image")
-    files = ImageFiles(["a", "b", "c"], np.arange(12) % 3, [str(path) for path in paths])
-    return {processes: TorchLoader(files, processes, AUGMENTED, CPU) for processes in (0, 1)}
-
-
-def indexed_images(count: int = 10) -> ImageArray:
-    """Images whose every pixel is their position in the data set."""
-    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 3, 4, 4)
-    return ImageArray(["even", "odd"], np.arange(count) % 2, images)
-
-
-@pytest.mark.parametrize("resolution", [4, 8])
-@pytest.mark.parametrize(
-    ("indices", "sizes"),
-    [([3, 1, 4, 0, 5], [2, 2, 1]), ([9], [1]), ([7, 7, 2], [3]), (list(range(10)), [4, 3, 3])],
-)
-def test_a_loader_gives_the_samples_in_the_order_and_batches_asked_for(
-    indices: list[int], sizes: list[int], resolution: int
-) -> None:
-    loader = make_loader(indexed_images(), Data(loader="torch"), None, CPU)
-    batches = list(loader.batches(np.array(indices), sizes, resolution, seed=0))
-    assert [len(images) for images, _ in batches] == sizes
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert labels.tolist() == [index % 2 for index in indices]
-    assert labels.dtype == torch.int64
-    asked = torch.tensor(indices, dtype=torch.uint8).view(-1, 1, 1, 1)
-    assert torch.equal(images, normalise(asked.expand(-1, 3, resolution, resolution)))
-
-
-def test_a_loader_goes_from_round_to_round_and_resolution_to_resolution() -> None:
-    loader = TorchLoader(indexed_images(), 0, None, CPU)
-    for indices, resolution in (([1, 2], 4), ([3, 4, 5], 8), ([0], 4)):
-        [(images, labels)] = loader.batches(np.array(indices), [len(indices)], resolution, 0)
-        assert images.shape == (len(indices), 3, resolution, resolution)
-        assert labels.tolist() == [index % 2 for index in indices]
-
-
-@pytest.mark.parametrize("augmentation", [None, Train(flip=False, rotation=0, zoom=0)])
-def test_without_augmentation_the_seed_changes_nothing(augmentation: Train | None) -> None:
-    data = open_data(Data(source="synthetic", synthetic_samples=10), "train")
-    loader = TorchLoader(data, 0, augmentation, CPU)
-    [(first, _)], [(second, _)] = (loader.batches(np.arange(4), [4], 32, s) for s in (1, 2))
-    assert torch.equal(first, second)
-    assert torch.equal(first, normalise(data.images[:4]))
-
-
-def assert_same(first: list, second: list) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
-
-
-def test_another_process_decodes_the_same_batches(loaders: dict[int, TorchLoader]) -> None:
-    for indices, sizes, resolution, seed in (
-        ([11, 0, 3, 7, 2], [2, 2, 1], 16, 1),
-        ([1, 2, 3], [3], 24, 2),
-        ([1, 2, 3], [3], 24, 3),
-    ):
-        alone, beside = (
-            list(loaders[processes].batches(np.array(indices), sizes, resolution, seed))
-            for processes in (0, 1)
-        )
-        assert_same(alone, beside)
-
-
-@pytest.mark.parametrize("processes", [0, 1])
-def test_the_same_seed_gives_the_same_batches(
-    loaders: dict[int, TorchLoader], processes: int
-) -> None:
-    first, again, other = (
-        list(loaders[processes].batches(np.array([0, 1, 2]), [2, 1], 16, seed))
-        for seed in (1, 1, 2)
-    )
-    assert_same(first, again)
-    assert not torch.equal(first[0][0], other[0][0])
-
-
-@pytest.mark.parametrize("processes", [0, 1])
-def test_a_round_that_is_given_up_leaves_nothing_behind(
-    loaders: dict[int, TorchLoader], processes: int
-) -> None:
-    given_up = loaders[processes].batches(np.arange(5), [1] * 5, 16, 1)
-    next(given_up)
-    batches = list(loaders[processes].batches(np.array([9, 8, 7]), [1, 2], 16, 2))
-    assert_same(batches, list(loaders[0].batches(np.array([9, 8, 7]), [1, 2], 16, 2)))
-
-
-@pytest.mark.parametrize("processes", [0, 1])
-def test_an_image_that_cannot_be_decoded_is_named_by_any_process(
-    loaders: dict[int, TorchLoader], processes: int
-) -> None:
-    batches = loaders[processes].batches(np.array([0, BROKEN, 1]), [1, 1, 1], 16, 1)
-    next(batches)
-    with pytest.raises(UserError) as caught:
-        next(batches)
-    assert "\n" not in str(caught.value)
-    assert f"/{BROKEN:02d}.jpg: not an image" in str(caught.value)
-    assert len(list(loaders[processes].batches(np.array([2]), [1], 16, 1))) == 1

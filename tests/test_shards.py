@@ -6,14 +6,17 @@ import io
 import json
 import signal
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import events, succeed
 from endings import SIMULATE, TRAIN, Job, contents, refused, sets, write_bomb, write_configuration
 from PIL import Image
 
+from dali_pipelines.augmentation import Augmentation
 from dali_pipelines.shards import ShardError, Shards
 
 SHARDS = sets("data.source=shards", "data.path=packed")
@@ -55,6 +58,48 @@ def test_the_originals_are_packed_byte_for_byte(here: Path) -> None:
         seen.add(file)
     assert len(seen) == 60
     assert sorted(shards.labels) != list(shards.labels), "the classes are not mixed"
+
+
+def test_a_crop_comes_from_the_smallest_copy_that_has_its_pixels(here: Path) -> None:
+    """Whose crop then looks like that of the original."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from dali_pipelines.cyclic import Cycle, CyclicLoader
+
+    pack(here, "--side", "20", "--side", "30", "--side", "40")
+
+    class Watched(Shards):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.used: set[str] = set()
+
+        def read(self, sample: int, side: int) -> np.ndarray:
+            self.used.add(self.variant(side))
+            return super().read(sample, side)
+
+    packed, originals = Watched(here / "packed/train"), Watched(here / "packed/train")
+    originals.sides = []
+    how = Augmentation(rotation=0, zoom=0, crop_area=0.1)
+    cycles = [Cycle(0, 1, 16, 20)]
+    batches, expected = (
+        torch.cat(
+            [images for _, _, images, _ in CyclicLoader(data, cycles, augmentation=how).batches()]
+        )
+        for data in (packed, originals)
+    )
+    assert packed.used == {"20", "30", "40", "original"}
+    assert originals.used == {"original"}
+    assert (batches - expected).abs().mean() < 0.15  # 8 of 255 levels
+    assert (batches - expected.flip(0)).abs().mean() > 0.5
+
+
+def test_many_threads_open_a_shard_at_once(here: Path) -> None:
+    """Each may have opened it for itself: none's file is closed under its hands."""
+    pack(here)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(100):
+            shards = Shards(here / "packed/train")
+            read = threads.map(lambda sample, of=shards: of.read(sample, 32), range(16))
+            assert all(image.size for image in read)
 
 
 def test_other_tools_read_the_shards(here: Path) -> None:

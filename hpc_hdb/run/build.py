@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dali_pipelines.augmentation import PLAIN, Augmentation
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.train.data import EncodedImages, ImageSet, check_classes, open_data
 from hpc_hdb.train.evaluate import Evaluator
-from hpc_hdb.train.loader import make_loader
+from hpc_hdb.train.loader import make_loader, misses_dali
 from hpc_hdb.train.model import build_model
 from hpc_hdb.train.trainer import Trainer
 
@@ -74,11 +75,24 @@ def choose_place(settings: Settings, local_rank: int = 0, sharing: int = 1) -> P
     return Place(device, threads or max(1, len(os.sched_getaffinity(0)) // max(1, sharing)))
 
 
+def note_slow_loading(
+    data: ImageSet, settings: Settings, device: torch.device, note: Callable[[str], None]
+) -> None:
+    """Tell `note` where images are decoded more slowly than they could be."""
+    if misses_dali(data, settings.data, device):
+        note(
+            "DALI is not installed: torch decodes the images, which is slower; "
+            "pip install 'hpc-hdb[dali]'"
+        )
+
+
 def make_trainer(settings: Settings, data: ImageSet, device: torch.device) -> Trainer:
     """A worker's trainer, its model initialised from the run's seed."""
     torch.manual_seed(settings.run.seed)
     model = _make_model(settings, data, device)
-    loader = make_loader(data, settings.data, settings.train, device)
+    train = settings.train
+    augmentation = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
+    loader = make_loader(data, settings.data, augmentation, device)
     return Trainer(model, loader, len(data.labels), settings.train, settings.run.seed)
 
 
@@ -104,7 +118,7 @@ def make_evaluator(
     model = _make_model(settings, data, device)
     return Evaluator(
         model,
-        make_loader(data, settings.data, None, device),
+        make_loader(data, settings.data, PLAIN, device),
         len(data.labels),
         settings.schedule.resolutions[-1],
         settings.run.evaluation_batch,

@@ -18,7 +18,14 @@ from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, TrainingPlan
 from hpc_hdb.report.progress import Progress
-from hpc_hdb.run.build import Place, choose_place, image_name, make_evaluator, make_trainer
+from hpc_hdb.run.build import (
+    Place,
+    choose_place,
+    image_name,
+    make_evaluator,
+    make_trainer,
+    note_slow_loading,
+)
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
     check_resumed_data,
@@ -81,6 +88,7 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
     place = _place(comm, settings)
     place.settle()
     data = open_data(settings.data, "train")
+    note_slow_loading(data, settings, place.device, progress.note)
     evaluator = make_evaluator(settings, place.device, data.classes)
     if sizes:
         progress.note("measuring batch times ...")

@@ -12,7 +12,13 @@ from hpc_hdb.cluster.roles import check_roles
 from hpc_hdb.cluster.virtual import VirtualCluster
 from hpc_hdb.config import Settings
 from hpc_hdb.report.progress import Progress
-from hpc_hdb.run.build import choose_place, image_name, make_evaluator, make_trainer
+from hpc_hdb.run.build import (
+    choose_place,
+    image_name,
+    make_evaluator,
+    make_trainer,
+    note_slow_loading,
+)
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
     check_resumed_data,
@@ -60,6 +66,7 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     place.settle()
     prepare_data(settings.data)
     data = open_data(settings.data, "train")
+    note_slow_loading(data, settings, place.device, progress.note)
     evaluator = make_evaluator(settings, place.device, data.classes)
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is None:

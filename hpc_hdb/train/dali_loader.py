@@ -1,26 +1,32 @@
-"""Batches of image files decoded and augmented by NVIDIA DALI."""
+"""Batches decoded and augmented by NVIDIA DALI."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.cyclic import READERS, Augmentation
-from dali_pipelines.feed import Feed, Job, Kind
-from hpc_hdb.config import Train
+from dali_pipelines.augmentation import PLAIN, Augmentation, Draws, needed_sides
+from dali_pipelines.classification import Form
+from dali_pipelines.cyclic import READERS
+from dali_pipelines.feed import Feed, Job
 from hpc_hdb.errors import BadImage, UserError
-from hpc_hdb.train.augment import draw_affine
-from hpc_hdb.train.data import EncodedImages
+from hpc_hdb.train.data import EncodedImages, ImageSet
 from hpc_hdb.train.decode import DecodeError, check_header, encode_blank
+from hpc_hdb.train.loader import draws_of
 
+_CPU = torch.device("cpu")
+_TRIAL_SIDE = 8
 _KEPT = 2  # idle pipelines: each holds its buffers, and resolutions mostly change to a neighbour
+
+_Work = tuple[np.ndarray, np.ndarray, Draws]
+"""Samples of a batch, the sides they need, and what is done to them."""
 
 
 class DaliLoader:
@@ -28,11 +34,10 @@ class DaliLoader:
 
     Parameters
     ----------
-    data : EncodedImages
+    data : ImageSet
     threads : int
         CPU threads of a pipeline; 0 counts as 1, since DALI has no other thread to decode in.
-    augmentation : Train or None
-        Its flip, rotation and zoom; None for evaluation.
+    augmentation : Augmentation
     device : torch.device
         Where batches are made and given out.
     skip : bool
@@ -41,10 +46,10 @@ class DaliLoader:
 
     def __init__(
         self,
-        data: EncodedImages,
+        data: ImageSet,
         threads: int,
-        augmentation: Train | None,
-        device: torch.device,
+        augmentation: Augmentation = PLAIN,
+        device: torch.device = _CPU,
         skip: bool = False,
     ) -> None:
         self.left_out: list[int] = []
@@ -54,13 +59,10 @@ class DaliLoader:
         self._data = data
         self._labels = torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
         self._threads = max(1, threads)
-        self._augmentation: Augmentation | None = None
-        if augmentation is not None:
-            self._augmentation = Augmentation(
-                augmentation.flip, augmentation.rotation, augmentation.zoom
-            )
+        self._augmentation = augmentation
         self._device = device
-        self._kind: Kind = self._augmentation.kind if self._augmentation else "plain"
+        self._plain = Form(data.encoded, channels_last=device.type == "cuda")
+        self._form = replace(self._plain, crops=augmentation.crops, change=augmentation.change)
         self._readers = ThreadPoolExecutor(READERS)
         self._idle: dict[int, Feed] = {}  # by resolution, the least recently used first
 
@@ -70,7 +72,7 @@ class DaliLoader:
             feed = None  # its memory is free before another pipeline asks for its own
             while len(self._idle) >= _KEPT:
                 del self._idle[next(iter(self._idle))]
-            feed = self._build(resolution, largest_batch, self._kind)
+            feed = self._build(self._form, resolution, largest_batch)
         self._idle[resolution] = feed
 
     def batches(
@@ -81,21 +83,24 @@ class DaliLoader:
         # batches under way, is freed together with this generator.
         feed = self._idle.pop(resolution)
         chunks = np.split(indices, np.cumsum(sizes)[:-1])
+        draws = draws_of(self._augmentation, sizes, seed)
+        sides = [needed_sides(drawn.crops, resolution) for drawn in draws]
+        work = list(zip(chunks, sides, draws, strict=True))
         masks: dict[int, np.ndarray] = {}
-        feed.start(self._jobs(chunks, resolution, seed, masks))
+        feed.start(self._jobs(work, resolution, masks))
         for position, chosen in enumerate(chunks):
             while True:
                 try:
                     images = feed.next()
                     break
                 except (RuntimeError, MemoryError) as error:
-                    problem = self._explained(error, chosen, resolution)
+                    problem = self._explained(error, chosen, sides[position])
                     if not (self._skip and isinstance(problem, BadImage)):
                         raise problem from None
                 del feed  # after an error DALI's pipeline is of no more use
-                self._leave_out(self._undecodable(chosen, resolution))
-                feed = self._build(resolution, max(sizes), self._kind)
-                feed.start(self._jobs(chunks, resolution, seed, masks, position))
+                self._leave_out(self._undecodable(chosen, sides[position]))
+                feed = self._build(self._form, resolution, max(sizes))
+                feed.start(self._jobs(work, resolution, masks, position))
             if position == len(chunks) - 1:
                 feed.finish()
                 self._idle[resolution] = feed
@@ -103,104 +108,102 @@ class DaliLoader:
             if len(labels):
                 yield images, labels.to(self._device, non_blocking=True)
 
-    def _build(self, resolution: int, largest_batch: int, kind: Kind) -> Feed:
-        return Feed(resolution, largest_batch, kind, self._threads, self._device, self._readers)
+    def _build(self, form: Form, resolution: int, largest_batch: int) -> Feed:
+        return Feed(form, resolution, largest_batch, self._threads, self._device, self._readers)
 
     def _jobs(
         self,
-        chunks: list[np.ndarray],
+        work: Sequence[_Work],
         resolution: int,
-        seed: int,
         masks: dict[int, np.ndarray],
         start: int = 0,
     ) -> Iterator[Job]:
-        """What reads the batches from `start` on, one after another, and draws their changes.
+        """What reads the batches from `start` on, one after another.
 
-        A job also says in `masks`, by position, which of its chunk's images are good.
+        A job also says in `masks`, by position, which of its batch's images are good.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for position, chosen in enumerate(chunks):
-            changes = None
-            if self._augmentation is not None:
-                how = self._augmentation
-                draws = draw_affine(len(chosen), generator, how.flip, how.rotation, how.zoom)
-                mirrored, angles, scales = (drawn.numpy() for drawn in draws)
-                changes = how.changes(mirrored, angles, scales, resolution)
-            if position >= start:
-                masks[position] = np.ones(len(chosen), dtype=bool)
-                yield partial(self._read, chosen, resolution, changes, masks[position])
+        for position in range(start, len(work)):
+            masks[position] = np.ones(len(work[position][0]), dtype=bool)
+            yield partial(self._read, *work[position], resolution, masks[position])
 
     def _read(
-        self, chosen: np.ndarray, resolution: int, changes: np.ndarray | None, good: np.ndarray
-    ) -> Any:
+        self,
+        chosen: np.ndarray,
+        sides: np.ndarray,
+        draws: Draws,
+        resolution: int,
+        good: np.ndarray,
+    ) -> tuple[Sequence[np.ndarray] | np.ndarray, ...]:
         """What a pipeline takes of a batch; bad images are marked in `good`, and left out."""
-        encoded = []
-        for place, index in enumerate(chosen.tolist()):
+        images = []
+        for place, (index, side) in enumerate(zip(chosen.tolist(), sides.tolist(), strict=True)):
             try:
                 if index in self._bad:
                     good[place] = False
                 else:
-                    encoded.append(self._encoded(index, resolution))
+                    images.append(self._image(index, side))
             except BadImage:
                 if not self._skip:
                     raise
                 good[place] = False
                 self._leave_out([index])
-        if not encoded:  # DALI wants something to decode; the labels tell that it is nothing
-            return [_NOTHING] if changes is None else ([_NOTHING], changes[:1])
-        return encoded if changes is None else (encoded, changes[good])
+        if images:
+            draws = draws.only(good)
+        else:  # DALI wants something to decode; the labels tell that it is nothing
+            images, draws = [_NOTHING], draws.only(np.arange(1))
+        return images, *self._augmentation.inputs(draws, resolution, images)
 
-    def _encoded(self, index: int, resolution: int) -> np.ndarray:
-        data = self._data.read(index, resolution)
-        if not self._checked[index]:
+    def _image(self, index: int, side: int) -> np.ndarray:
+        image = self._data.read(index, side)
+        if isinstance(self._data, EncodedImages) and not self._checked[index]:
             try:
-                check_header(data.tobytes())
+                check_header(image.tobytes())
             except DecodeError as error:
-                raise self._data.bad_image(index, resolution, error) from None
+                raise self._data.bad_image(index, side, error) from None
             self._checked[index] = True
-        return data
+        return image
 
     def _leave_out(self, samples: Sequence[int]) -> None:
         self.left_out += samples
         self._bad.update(samples)
 
-    def _explained(self, error: Exception, chosen: np.ndarray, resolution: int) -> Exception:
+    def _explained(self, error: Exception, chosen: np.ndarray, sides: np.ndarray) -> Exception:
         """What to raise instead of DALI's own error."""
         reason = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
         if self._device.type == "cuda" and _OUT_OF_MEMORY.search(reason):
             return torch.cuda.OutOfMemoryError(reason)
-        culprit = next(iter(self._undecodable(chosen, resolution)), None)
-        if culprit is None:
+        culprit = next(iter(self._undecodable(chosen, sides)), None)
+        if culprit is None or not isinstance(self._data, EncodedImages):
             return UserError(f'DALI failed ({reason}): set data.loader to "torch"')
+        side = int(sides[np.flatnonzero(chosen == culprit)[0]])
         try:
-            self._data.load(np.array([culprit]), resolution)
+            self._data.load(np.array([culprit]), side)
         except BadImage as named:
             return named
         return BadImage(
-            f"DALI cannot decode {self._data.name(culprit, resolution)}: save it anew as JPEG or "
+            f"DALI cannot decode {self._data.name(culprit, side)}: save it anew as JPEG or "
             'PNG, or set data.loader to "torch", which can'
         )
 
-    def _undecodable(self, chosen: np.ndarray, resolution: int) -> list[int]:
+    def _undecodable(self, chosen: np.ndarray, sides: np.ndarray) -> list[int]:
         """The samples of these on which DALI fails; its errors often do not say which."""
         bad = []
         feed: Feed | None = None
-        for index in chosen.tolist():
+        for index, side in zip(chosen.tolist(), sides.tolist(), strict=True):
             if index in self._bad:
                 continue
-            if feed is None:
-                feed = self._build(resolution, 1, "plain")
-            feed.start(iter([partial(self._one, index, resolution)]))
             try:
+                image = self._data.read(index, side)
+                feed = feed or self._build(self._plain, _TRIAL_SIDE, 1)
+                feed.start(iter([partial(tuple, [[image]])]))
                 feed.next()
                 feed.finish()
+            except BadImage:
+                bad.append(index)
             except RuntimeError:
                 feed = None
                 bad.append(index)
         return bad
-
-    def _one(self, index: int, resolution: int) -> list[np.ndarray]:
-        return [self._data.read(index, resolution)]
 
 
 _NOTHING = encode_blank()

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from dali_pipelines.augmentation import crop_boxes, needed_sides
 from dali_pipelines.shards import ShardError, Shards
 from hpc_hdb.config import Data
 from hpc_hdb.errors import BadImage, UserError
@@ -44,10 +45,11 @@ class EncodedImages(ABC):
     classes: list[str]
     labels: np.ndarray
     verified = False
+    encoded = True
 
     @abstractmethod
-    def read(self, index: int, resolution: int) -> np.ndarray:
-        """The encoded image, for use at `resolution`: ndarray of uint8.
+    def read(self, index: int, side: int) -> np.ndarray:
+        """The encoded image, its shorter side of `side` pixels or more where it has: uint8.
 
         Raises
         ------
@@ -56,15 +58,33 @@ class EncodedImages(ABC):
         """
 
     @abstractmethod
-    def name(self, index: int, resolution: int) -> str:
-        """Where the image is, for messages."""
+    def name(self, index: int, side: int) -> str:
+        """Where what `read` gives is, for messages."""
 
-    def load(self, indices: np.ndarray, resolution: int) -> Tensor:
-        """Decode, resize the shorter side and crop the centre.
+    def load(
+        self,
+        indices: np.ndarray,
+        resolution: int,
+        crops: np.ndarray | None = None,
+        skip: bool = False,
+    ) -> tuple[Tensor, np.ndarray]:
+        """Decode, resize the shorter side and crop the centre, or crop as drawn and resize.
+
+        Parameters
+        ----------
+        indices : ndarray, shape (n,), int64
+        resolution : int
+            Side of the images given out, in pixels.
+        crops : ndarray, shape (n, 4), optional
+            Of `dali_pipelines.augmentation.Draws`.
+        skip : bool
+            Leave bad images out.
 
         Returns
         -------
-        Tensor, shape (len(indices), 3, resolution, resolution), uint8
+        images : Tensor, shape (good.sum(), 3, resolution, resolution), uint8
+        good : ndarray, shape (n,), bool
+            Which images are not left out.
 
         Raises
         ------
@@ -72,31 +92,30 @@ class EncodedImages(ABC):
             If a file is missing or no image; names the file.
         """
         images = np.empty((len(indices), resolution, resolution, 3), dtype=np.uint8)
-        for position, index in enumerate(indices):
-            images[position] = self._pixels(int(index), resolution)
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-    def load_readable(self, indices: np.ndarray, resolution: int) -> tuple[Tensor, np.ndarray]:
-        """As `load`, without bad images; a mask of shape (len(indices),) tells which are good."""
-        images = []
         good = np.ones(len(indices), dtype=bool)
-        for position, index in enumerate(indices):
+        sides = np.full(len(indices), resolution)
+        if crops is not None:
+            sides = needed_sides(crops, resolution)
+        for place, (index, side) in enumerate(zip(indices.tolist(), sides.tolist(), strict=True)):
             try:
-                images.append(self._pixels(int(index), resolution))
+                picture = self._decoded(index, side)
             except BadImage:
-                good[position] = False
-        pixels = np.array(images, dtype=np.uint8).reshape(-1, resolution, resolution, 3)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), good
+                if not skip:
+                    raise
+                good[place] = False
+            else:
+                images[place] = fit(picture, resolution, None if crops is None else crops[place])
+        return torch.from_numpy(images if good.all() else images[good]).permute(0, 3, 1, 2), good
 
-    def _pixels(self, index: int, resolution: int) -> np.ndarray:
+    def _decoded(self, index: int, side: int) -> Image.Image:
         try:
-            return fit(decode(self.read(index, resolution).tobytes(), resolution), resolution)
+            return decode(self.read(index, side).tobytes(), side)
         except DecodeError as error:
-            raise self.bad_image(index, resolution, error) from None
+            raise self.bad_image(index, side, error) from None
 
-    def bad_image(self, index: int, resolution: int, error: DecodeError) -> BadImage:
+    def bad_image(self, index: int, side: int, error: DecodeError) -> BadImage:
         """What to tell of an image that cannot be decoded."""
-        where = self.name(index, resolution)
+        where = self.name(index, side)
         return BadImage(f"cannot decode {where}: {error}; replace or remove the file")
 
 
@@ -108,7 +127,7 @@ class ImageFiles(EncodedImages):
     labels: np.ndarray
     paths: list[str]
 
-    def read(self, index: int, resolution: int) -> np.ndarray:
+    def read(self, index: int, side: int) -> np.ndarray:
         path = self.paths[index]
         try:
             return np.fromfile(path, dtype=np.uint8)
@@ -120,7 +139,7 @@ class ImageFiles(EncodedImages):
         except OSError as error:
             raise BadImage(f"cannot read {path}: {error.strerror}") from None
 
-    def name(self, index: int, resolution: int) -> str:
+    def name(self, index: int, side: int) -> str:
         return self.paths[index]
 
 
@@ -145,12 +164,12 @@ class ImageShards(EncodedImages):
             self._shards = Shards(folder)
         self.classes, self.labels = self._shards.classes, self._shards.labels
 
-    def read(self, index: int, resolution: int) -> np.ndarray:
+    def read(self, index: int, side: int) -> np.ndarray:
         with _as_user_error():
-            return self._shards.read(index, resolution)
+            return self._shards.read(index, side)
 
-    def name(self, index: int, resolution: int) -> str:
-        return self._shards.name(index, resolution)
+    def name(self, index: int, side: int) -> str:
+        return self._shards.name(index, side)
 
 
 @dataclass
@@ -167,15 +186,39 @@ class ImageArray:
     classes: list[str]
     labels: np.ndarray
     images: Tensor
+    verified = True
+    encoded = False
 
-    def load(self, indices: np.ndarray, resolution: int) -> Tensor:
-        """The images at `resolution`; as `ImageFiles.load`."""
-        images = self.images[torch.as_tensor(indices)]
-        if images.shape[-1] == resolution:
-            return images
-        return functional.interpolate(
-            images, (resolution, resolution), mode="bilinear", antialias=True
-        )
+    def read(self, index: int, side: int) -> np.ndarray:
+        """An image, ndarray of shape (h, w, 3), uint8."""
+        return self.images[index].permute(1, 2, 0).contiguous().numpy()
+
+    def load(
+        self,
+        indices: np.ndarray,
+        resolution: int,
+        crops: np.ndarray | None = None,
+        skip: bool = False,
+    ) -> tuple[Tensor, np.ndarray]:
+        """The images at `resolution`; as `EncodedImages.load`, with crops in float32."""
+        images, good = self.images[torch.as_tensor(indices)], np.ones(len(indices), dtype=bool)
+        side = images.shape[-1]
+        if crops is not None:
+            boxes = crop_boxes(crops, np.full((len(crops), 2), side))
+            top, left, tall, wide = torch.from_numpy(boxes).T / side
+            corners = torch.zeros(len(images), 2, 3)
+            corners[:, 0, 0], corners[:, 0, 2] = wide, 2 * left + wide - 1
+            corners[:, 1, 1], corners[:, 1, 2] = tall, 2 * top + tall - 1
+            shape = [len(images), 3, resolution, resolution]
+            grid = functional.affine_grid(corners, shape, align_corners=False)
+            images = functional.grid_sample(
+                images.float(), grid, padding_mode="border", align_corners=False
+            )
+        elif side != resolution:
+            images = functional.interpolate(
+                images, (resolution, resolution), mode="bilinear", antialias=True
+            )
+        return images, good
 
 
 ImageSet = EncodedImages | ImageArray

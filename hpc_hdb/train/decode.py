@@ -7,19 +7,21 @@ import io
 import numpy as np
 from PIL import Image
 
+from dali_pipelines.augmentation import crop_boxes
+
 
 class DecodeError(Exception):
     """What is wrong with the bytes of an image."""
 
 
-def decode(data: bytes, resolution: int | None = None) -> Image.Image:
+def decode(data: bytes, side: int | None = None) -> Image.Image:
     """Decode to RGB.
 
     Parameters
     ----------
     data : bytes
         The encoded image.
-    resolution : int, optional
+    side : int, optional
         The shorter side needed, in pixels: a larger JPEG may be decoded at a fraction of its size.
 
     Raises
@@ -28,8 +30,8 @@ def decode(data: bytes, resolution: int | None = None) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if resolution is not None:
-                image.draft("RGB", (resolution, resolution))
+            if side is not None:
+                image.draft("RGB", (side, side))
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
@@ -56,15 +58,24 @@ def encode_blank() -> np.ndarray:
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
 
-def fit(picture: Image.Image, resolution: int) -> np.ndarray:
-    """Resize the shorter side and crop the centre.
+def fit(picture: Image.Image, resolution: int, crop: np.ndarray | None = None) -> np.ndarray:
+    """Resize the shorter side and crop the centre, or crop as drawn and resize.
+
+    Parameters
+    ----------
+    crop : ndarray, shape (4,), optional
+        As a row of `dali_pipelines.augmentation.Draws.crops`.
 
     Returns
     -------
     ndarray, shape (resolution, resolution, 3), uint8
     """
     width, height = picture.size
-    if (width, height) != (resolution, resolution):
+    if crop is not None:
+        [[top, left, tall, wide]] = crop_boxes(crop[None], np.array([[height, width]])).tolist()
+        box = (left, top, left + wide, top + tall)
+        picture = picture.resize((resolution, resolution), Image.Resampling.BILINEAR, box)
+    elif (width, height) != (resolution, resolution):
         scale = resolution / min(width, height)
         size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
         picture = picture.resize(size, Image.Resampling.BILINEAR)

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hpc_hdb.config import Data, Train
+from dali_pipelines.augmentation import PLAIN, Augmentation, Draws
+from hpc_hdb.config import Data
 from hpc_hdb.errors import UserError
-from hpc_hdb.train.augment import normalise, random_affine
-from hpc_hdb.train.data import EncodedImages, ImageSet
+from hpc_hdb.train.augment import normalise, transform
+from hpc_hdb.train.data import ImageSet
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_CPU = torch.device("cpu")
+
+_Request = tuple[np.ndarray, np.ndarray | None, int]
+"""Samples, crops and resolution of a batch."""
 
 
 class Loader(Protocol):
@@ -67,42 +72,45 @@ class Loader(Protocol):
 
 
 def make_loader(
-    data: ImageSet, settings: Data, augmentation: Train | None, device: torch.device
+    data: ImageSet, settings: Data, augmentation: Augmentation, device: torch.device
 ) -> Loader:
     """The loader of a data set; "auto" is DALI for image files that a GPU trains on.
-
-    Parameters
-    ----------
-    augmentation : Train or None
-        Its flip, rotation and zoom; None for evaluation.
 
     Raises
     ------
     UserError
-        If DALI is asked for and not installed, or cannot read this data set.
+        If DALI is asked for and not installed.
     """
-    try:
-        installed = importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the package "nvidia"
-        installed = False
-    if settings.loader == "dali":
-        if not installed:
-            raise UserError(
-                "data.loader = \"dali\", but DALI is not installed: pip install 'hpc-hdb[dali]', "
-                'or set data.loader to "torch"'
-            )
-        if not isinstance(data, EncodedImages):
-            raise UserError(
-                f'data.loader = "dali" reads image files, and {settings.source} is in memory: '
-                'set data.loader to "auto" or "torch"'
-            )
     skip = settings.on_bad_image == "skip"
-    preferred = settings.loader == "auto" and installed and device.type == "cuda"
-    if isinstance(data, EncodedImages) and (settings.loader == "dali" or preferred):
+    installed = has_dali()
+    if settings.loader == "dali" and not installed:
+        raise UserError(
+            "data.loader = \"dali\", but DALI is not installed: pip install 'hpc-hdb[dali]', "
+            'or set data.loader to "torch"'
+        )
+    preferred = settings.loader == "auto" and installed and _suits_dali(data, device)
+    if settings.loader == "dali" or preferred:
         from hpc_hdb.train.dali_loader import DaliLoader
 
         return DaliLoader(data, settings.threads, augmentation, device, skip)
     return TorchLoader(data, settings.threads, augmentation, device, skip)
+
+
+def misses_dali(data: ImageSet, settings: Data, device: torch.device) -> bool:
+    """Whether torch decodes only because DALI, which would be faster, is not installed."""
+    return settings.loader == "auto" and _suits_dali(data, device) and not has_dali()
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the package "nvidia"
+        return False
+
+
+def _suits_dali(data: ImageSet, device: torch.device) -> bool:
+    return data.encoded and device.type == "cuda"
 
 
 class TorchLoader:
@@ -112,14 +120,14 @@ class TorchLoader:
         self,
         data: ImageSet,
         processes: int,
-        augmentation: Train | None,
-        device: torch.device,
+        augmentation: Augmentation = PLAIN,
+        device: torch.device = _CPU,
         skip: bool = False,
     ) -> None:
         self.left_out: list[int] = []
         self._augmentation = augmentation
         self._device = device
-        self._requests: list[tuple[np.ndarray, int]] = []
+        self._requests: list[_Request] = []
         if processes:
             _start_deaf_fork_server()
         self._loader = DataLoader(
@@ -139,26 +147,35 @@ class TorchLoader:
     def batches(
         self, indices: np.ndarray, sizes: Sequence[int], resolution: int, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        cuts = np.cumsum(sizes)[:-1]
-        self._requests[:] = [(chosen, resolution) for chosen in np.split(indices, cuts)]
-        generator = torch.Generator().manual_seed(seed)
-        for batch in self._loader:
+        chunks = np.split(indices, np.cumsum(sizes)[:-1])
+        draws = draws_of(self._augmentation, sizes, seed)
+        crops = [drawn.crops if self._augmentation.crops else None for drawn in draws]
+        self._requests[:] = [(*of, resolution) for of in zip(chunks, crops, strict=True)]
+        for chunk, drawn, batch in zip(chunks, draws, self._loader, strict=True):
             if isinstance(batch, UserError):
                 raise batch
-            *tensors, bad = batch
-            images, labels = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
-            self.left_out += bad.tolist()
+            images, labels, good = batch
+            self.left_out += chunk[~good.numpy()].tolist()
             if len(labels):
-                yield self._finish(images, generator), labels
+                chosen = drawn.only(good.numpy())
+                pixels = self._finish(images.to(self._device, non_blocking=True), chosen)
+                yield pixels, labels.to(self._device, non_blocking=True)
 
-    def _finish(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _finish(self, images: Tensor, draws: Draws) -> Tensor:
         pixels = normalise(images)
-        if self._augmentation is not None:
-            chosen = self._augmentation
-            pixels = random_affine(pixels, generator, chosen.flip, chosen.rotation, chosen.zoom)
+        if self._augmentation.change != "none":
+            pixels = transform(pixels, draws)
         if self._device.type == "cuda":
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return pixels
+
+
+def draws_of(augmentation: Augmentation, sizes: Sequence[int], seed: int) -> list[Draws]:
+    """What is done to the images of each batch of a round, whichever loader gives it."""
+    return [
+        augmentation.draw(size, np.random.default_rng([seed, number]))
+        for number, size in enumerate(sizes)
+    ]
 
 
 def _end_with_rank(_: int) -> None:
@@ -196,22 +213,18 @@ def _start_deaf_fork_server() -> None:
 
 
 class _Batches(Dataset):
-    """Whole batches by (indices, resolution); errors as values, since processes garble them."""
+    """Whole batches as requested; errors as values, since processes garble them."""
 
     def __init__(self, data: ImageSet, skip: bool) -> None:
         self._data = data
         self._skip = skip
         self._labels = torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
 
-    def __getitem__(self, request: tuple[np.ndarray, int]) -> tuple[Tensor, ...] | UserError:
-        """Images, labels, and the samples left out."""
-        indices, resolution = request
-        good = np.ones(len(indices), dtype=bool)
+    def __getitem__(self, request: _Request) -> tuple[Tensor, ...] | UserError:
+        """Images, labels, and a mask of the samples that are not left out."""
+        indices, crops, resolution = request
         try:
-            if self._skip and isinstance(self._data, EncodedImages):
-                images, good = self._data.load_readable(indices, resolution)
-            else:
-                images = self._data.load(indices, resolution)
+            images, good = self._data.load(indices, resolution, crops, self._skip)
         except UserError as error:
             return error
-        return images, self._labels[indices[good]], torch.from_numpy(indices[~good])
+        return images, self._labels[indices[good]], torch.from_numpy(good)
