@@ -83,10 +83,14 @@ class Shards:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         self.classes: list[str] = manifest["classes"]
-        self._shards: list[str] = [shard["name"] for shard in manifest["shards"]]
+        shards = manifest["shards"]
         self.sides = sorted(int(name) for name in manifest["variants"] if name != ORIGINAL)
         self._has_originals = ORIGINAL in manifest["variants"]
         self._indices: dict[str, np.ndarray] = {}
+        self._paths: dict[str, list[str]] = {
+            variant: [str(self.folder / variant / f"{shard['name']}.tar") for shard in shards]
+            for variant in manifest["variants"]
+        }
         self.labels = self._index(manifest["variants"][0])["label"].astype(np.int64)
         self._open = lru_cache(_OPEN_FILES)(_File)
 
@@ -116,14 +120,14 @@ class Shards:
             If the shard is gone or too short.
         """
         variant = self.variant(side)
-        entry = self._index(variant)[sample]
-        path = self._path(variant, entry)
+        shard, _, offset, size = self._index(variant)[sample].item()
+        path = self._paths[variant][shard]
         try:
             file = self._open(path)  # kept: else it may be closed before it is read
-            data = os.pread(file.descriptor, int(entry["size"]), int(entry["offset"]))
+            data = os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise ShardError(f"cannot read {path}: {error.strerror}") from None
-        if len(data) != entry["size"]:
+        if len(data) != size:
             raise ShardError(f"{path} is shorter than its index says: pack it again")
         return np.frombuffer(data, dtype=np.uint8)
 
@@ -132,10 +136,7 @@ class Shards:
         variant = self.variant(side)
         with open(self.folder / "names.txt", encoding="utf-8", errors="surrogateescape") as lines:
             source = next(line for number, line in enumerate(lines) if number == sample)
-        return f"{source.rstrip()} in {self._path(variant, self._index(variant)[sample])}"
-
-    def _path(self, variant: str, entry: np.void) -> str:
-        return str(self.folder / variant / f"{self._shards[entry['shard']]}.tar")
+        return f"{source.rstrip()} in {self._paths[variant][self._index(variant)['shard'][sample]]}"
 
     def _index(self, variant: str) -> np.ndarray:
         if variant not in self._indices:

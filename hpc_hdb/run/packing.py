@@ -16,11 +16,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from dali_pipelines.shards import (
     ORIGINAL,
@@ -249,12 +251,34 @@ def _samples(
             continue
         suffix = path.suffix[1:].lower().replace("jpeg", "jpg")
         images = {ORIGINAL: (suffix, data)} if job.originals else {}
+        tables = _coarser_tables(data)
         for side in job.sides:
-            images[str(side)] = _bounded(picture, side) or (suffix, data)
+            images[str(side)] = _bounded(picture, side, tables) or (suffix, data)
         yield file, label, images
 
 
-def _bounded(picture: Image.Image, side: int) -> tuple[str, bytes] | None:
+def _coarser_tables(data: bytes) -> dict[int, list[int]] | None:
+    """The quantization tables of a JPEG file coarser than `_QUALITY`, which its copies take over.
+
+    Finer ones would take room and time to decode for detail that is not there.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        tables = getattr(image, "quantization", None)
+    return tables if tables and sum(tables[0]) > sum(_finest_tables()[0]) else None
+
+
+@cache
+def _finest_tables() -> dict[int, list[int]]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=_QUALITY)
+    with Image.open(buffer) as image:
+        assert isinstance(image, JpegImageFile)
+        return image.quantization
+
+
+def _bounded(
+    picture: Image.Image, side: int, tables: dict[int, list[int]] | None
+) -> tuple[str, bytes] | None:
     """A JPEG copy whose shorter side has `side` pixels; None if the picture is not larger."""
     width, height = picture.size
     scale = side / min(width, height)
@@ -263,5 +287,6 @@ def _bounded(picture: Image.Image, side: int) -> tuple[str, bytes] | None:
     size = (max(side, round(width * scale)), max(side, round(height * scale)))
     small = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=_QUALITY)
+    how: dict[str, Any] = {"qtables": tables} if tables else {"quality": _QUALITY}
+    small.save(buffer, "JPEG", optimize=True, **how)
     return "jpg", buffer.getvalue()
