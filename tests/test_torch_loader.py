@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dali_pipelines.augmentation import PLAIN, Augmentation, crop_boxes
-from hpc_hdb.config import Data
+from hpc_hdb.config import Data, Settings
 from hpc_hdb.errors import UserError
+from hpc_hdb.run.build import note_slow_loading
 from hpc_hdb.train.augment import normalise
 from hpc_hdb.train.data import ImageArray, ImageFiles, open_data
 from hpc_hdb.train.loader import TorchLoader, draws_of, make_loader
@@ -148,3 +151,31 @@ def test_random_crops_are_those_that_were_drawn(loaders: dict[int, TorchLoader])
         expected = normalise(torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None])
         # Pillow smooths where it reduces; the sampling of images in memory does not.
         assert (given[number] - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("installed", "encoded", "device", "loader", "told"),
+    [
+        (False, True, "cuda", "auto", True),
+        (True, True, "cuda", "auto", False),
+        (False, False, "cuda", "auto", False),
+        (False, True, "cpu", "auto", False),
+        (False, True, "cuda", "torch", False),
+    ],
+)
+def test_where_dali_would_be_faster_its_absence_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: bool,
+    encoded: bool,
+    device: str,
+    loader: str,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
+    files = ImageFiles(["a"], np.zeros(1, dtype=np.int64), ["a.jpg"])
+    data = files if encoded else indexed_images()
+    settings = Settings(data=Data(loader=loader))
+    notes: list[str] = []
+    note_slow_loading(data, settings, torch.device(device), notes.append)
+    assert len(notes) == told
+    assert all("slower" in note and "hpc-hdb[dali]" in note for note in notes)
