@@ -116,6 +116,15 @@ def machine() -> str:
     return f"{cpu}, {gpu}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
+def hdb() -> str:
+    """The hdb command: of this Python, or else the one on the path."""
+    beside = Path(sys.executable).with_name("hdb")
+    found = str(beside) if beside.exists() else shutil.which("hdb")
+    if found is None:
+        sys.exit("no hdb: make install")
+    return found
+
+
 def mpirun(ranks: int, command: Sequence[str | Path], show: bool = False) -> str:
     """Run a command on `ranks` ranks of this machine.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Bar, Sheet, arguments, image_folder, mpirun
+from common import HERE, Bar, Sheet, arguments, hdb, image_folder, mpirun
 
 TIME_MODEL = Bar(0.05, most=True, percent=True)
 OVERHEAD = Bar(0.05, most=True, percent=True)
@@ -67,8 +67,7 @@ def train(kind: Kind, seed: int, options: argparse.Namespace, folder: Path) -> d
         "run.output": output,
     }
     overrides = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-    hdb = Path(sys.executable).with_name("hdb")
-    command = [hdb if hdb.exists() else "hdb", "train", HERE / "end_to_end.toml", *overrides]
+    command = [hdb(), "train", HERE / "end_to_end.toml", *overrides]
     print(f"training: {kind.name}, seed {seed} ...", file=sys.stderr)
     mpirun(1 + options.workers, command)
     return json.loads((output / "summary.json").read_text())

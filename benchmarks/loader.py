@@ -3,36 +3,41 @@
 All give batches of the same form (cropped at random, flipped, normalised, float32) from the same
 photographs, on the same cores. The cyclic loader reads packed shards with smaller copies, as
 'hdb pack FOLDER OUT --side 96 ...' writes them, and the originals: each crop comes from the
-smallest copy that has its pixels. Bare DALI and torchvision read the files. The loaders take turns.
+smallest copy that has its pixels. Bare DALI and torchvision read the files. FFCV takes part where
+it is installed, with its own file of the same photographs. The loaders take turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib.util
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import Bar, Sheet, arguments, image_folder, run
-from nvidia.dali import fn, pipeline_def, types
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from common import Bar, Sheet, arguments, hdb, image_folder, run
+from loader_peers import (
+    CROP_AREA,
+    ROTATION,
+    ZOOM,
+    bare_dali,
+    ffcv_loader,
+    torchvision_loader,
+    write_beton,
+)
 
 from dali_pipelines.augmentation import Augmentation
-from dali_pipelines.classification import MEAN, STD
 from dali_pipelines.cyclic import Cycle, CyclicLoader
 from dali_pipelines.shards import Shards
 
-OF_DALI = Bar(0.95, most=False, percent=True)
-OF_TORCHVISION = Bar(2.5, most=False)
-ROTATION, ZOOM, CROP_AREA = 18.0, 0.25, 0.08
+BARS = {
+    "bare DALI": Bar(0.95, most=False, percent=True),
+    "torchvision": Bar(2.5, most=False),
+}
 WARM_UP = 5
 """Batches before the clock starts: pipelines and processes are built, queues filled."""
 
@@ -55,72 +60,6 @@ def cyclic(folder: Path, resolution: int, options: argparse.Namespace) -> Iterat
     return loader.batches()
 
 
-def bare_dali(folder: Path, resolution: int, options: argparse.Namespace) -> Iterator[object]:
-    """DALI's own file reader and the same operators, without anything of ours."""
-
-    @pipeline_def(batch_size=options.batch, num_threads=options.cores, device_id=None)
-    def pipeline() -> tuple:
-        files, labels = fn.readers.file(file_root=str(folder), random_shuffle=True)
-        if options.augment == "crop":
-            images = fn.decoders.image_random_crop(
-                files, output_type=types.RGB, random_area=[CROP_AREA, 1]
-            )
-            images = fn.resize(images, size=(resolution, resolution))
-        else:
-            images = fn.decoders.image(files, output_type=types.RGB)
-            images = fn.resize(images, resize_shorter=resolution)
-        mirror = fn.random.coin_flip()
-        if options.augment == "warp":
-            angle = fn.random.uniform(range=(-ROTATION, ROTATION))
-            scale = fn.random.uniform(range=(1 - ZOOM, 1 + ZOOM))
-            centre = (resolution / 2, resolution / 2)
-            matrix = fn.transforms.rotation(angle=angle, center=centre)
-            matrix = fn.transforms.scale(matrix, scale=fn.stack(scale, scale), center=centre)
-            images = fn.crop(images, crop=(resolution, resolution))
-            images = fn.warp_affine(images, matrix=matrix, dtype=types.FLOAT)
-        return fn.crop_mirror_normalize(
-            images,
-            crop=(resolution, resolution),
-            mirror=mirror,
-            mean=[255 * value for value in MEAN],
-            std=[255 * value for value in STD],
-            dtype=types.FLOAT,
-        ), labels
-
-    built = pipeline()
-    built.build()
-    while True:
-        images, labels = built.run()
-        yield torch.from_dlpack(images.as_tensor()), labels
-
-
-def torchvision_loader(
-    folder: Path, resolution: int, options: argparse.Namespace
-) -> Iterator[object]:
-    """torchvision's v2 transforms in a DataLoader with one process a core."""
-    spatial: list[v2.Transform] = [v2.Resize(resolution), v2.CenterCrop(resolution)]
-    if options.augment == "crop":
-        spatial = [v2.RandomResizedCrop(resolution, scale=(CROP_AREA, 1))]
-    spatial.append(v2.RandomHorizontalFlip())
-    if options.augment == "warp":
-        spatial.append(
-            v2.RandomAffine(
-                ROTATION,
-                scale=(1 - ZOOM, 1 + ZOOM),
-                interpolation=v2.InterpolationMode.BILINEAR,
-            )
-        )
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    loader = DataLoader(
-        ImageFolder(str(folder), v2.Compose([*spatial, *tensor])),
-        options.batch,
-        shuffle=True,
-        num_workers=options.cores,
-        persistent_workers=True,
-    )
-    return itertools.chain.from_iterable(itertools.repeat(loader))
-
-
 def rate(batches: Iterator[object], options: argparse.Namespace) -> float:
     """Images per second in the steady state."""
     for _ in range(WARM_UP):
@@ -131,6 +70,11 @@ def rate(batches: Iterator[object], options: argparse.Namespace) -> float:
         next(batches)
         count += options.batch
     return count / (time.perf_counter() - start)
+
+
+def has_ffcv() -> bool:
+    """Whether FFCV is installed; it wants OpenCV's and libjpeg-turbo's headers for that."""
+    return importlib.util.find_spec("ffcv") is not None
 
 
 def main() -> None:
@@ -146,34 +90,35 @@ def main() -> None:
     options = parser.parse_args()
     sheet = Sheet("loader")
     torch.set_num_threads(1)
+    peers = ["bare DALI", "torchvision", *(["FFCV"] if has_ffcv() else [])]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
+        packed, files, beton = Path(scratch) / "packed", options.data / "train", Path(scratch) / "f"
         sides = [word for side in options.sides for word in ("--side", str(side))]
-        hdb = Path(sys.executable).with_name("hdb")
-        run([hdb, "pack", options.data, Path(scratch) / "packed", *sides])
-        packed, files = Path(scratch) / "packed" / "train", options.data / "train"
+        run([hdb(), "pack", options.data, packed, *sides])
+        if "FFCV" in peers:
+            write_beton(files, beton, options.cores)
         for resolution in options.resolutions:
             starts: dict[str, Start] = {
-                "ours": lambda r=resolution: cyclic(packed, r, options),
-                "dali": lambda r=resolution: bare_dali(files, r, options),
+                "hpc-hdb": lambda r=resolution: cyclic(packed / "train", r, options),
+                "bare DALI": lambda r=resolution: bare_dali(files, r, options),
                 "torchvision": lambda r=resolution: torchvision_loader(files, r, options),
+                "FFCV": lambda r=resolution: ffcv_loader(beton, r, options),
             }
-            rates: dict[str, list[float]] = {name: [] for name in starts}
+            rates: dict[str, list[float]] = {name: [] for name in ("hpc-hdb", *peers)}
             for _ in range(options.repeats):
-                for name, start in starts.items():
-                    rates[name].append(rate(start(), options))
-            ours, dali, torchvision = (statistics.median(found) for found in rates.values())
-            of_dali, of_torchvision = ours / dali, ours / torchvision
-            rows.append(
-                [
-                    f"{resolution}x{resolution}",
-                    *(f"{value:.0f}" for value in (ours, dali, torchvision)),
-                    f"{OF_DALI.show(of_dali)} {OF_DALI.verdict(of_dali)}",
-                    f"{OF_TORCHVISION.show(of_torchvision)} "
-                    f"{OF_TORCHVISION.verdict(of_torchvision)}",
-                ]
-            )
-    head = ["images/s", "hpc-hdb", "bare DALI", "torchvision", "of bare DALI", "of torchvision"]
+                for name, found in rates.items():
+                    found.append(rate(starts[name](), options))
+            middle = {name: statistics.median(found) for name, found in rates.items()}
+            rows.append([f"{resolution}x{resolution}", f"{middle['hpc-hdb']:.0f}"])
+            for name in peers:
+                ratio = middle["hpc-hdb"] / middle[name]
+                bar = BARS.get(name)
+                shown = f"{bar.show(ratio)} {bar.verdict(ratio)}" if bar else f"{ratio:.2f}x"
+                rows[-1] += [f"{middle[name]:.0f}", shown]
+    head = ["images/s", "hpc-hdb"]
+    for name in peers:
+        head += [name, f"of {name}"]
     sheet.table(head, rows)
     sheet.line(f"{options.cores} cores, batches of {options.batch}; medians of turns.")
     if options.save:

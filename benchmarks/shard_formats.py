@@ -11,7 +11,6 @@ import argparse
 import os
 import statistics
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Sheet, arguments, image_folder, run
+from common import Sheet, arguments, hdb, image_folder, run
 from nvidia.dali import fn, pipeline_def, tfrecord, types
 
 from dali_pipelines.cyclic import READERS
@@ -114,7 +113,7 @@ def main() -> None:
     sheet = Sheet("shard_formats")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        run([Path(sys.executable).with_name("hdb"), "pack", options.data, folder / "packed"])
+        run([hdb(), "pack", options.data, folder / "packed"])
         shards = Shards(folder / "packed" / "train")
         write_tfrecord(shards, folder)
         write_recordio(shards, folder)
