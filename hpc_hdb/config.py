@@ -105,6 +105,8 @@ class Server(Section):
     """SSP: commits that a worker may be ahead of the slowest."""
     commits_per_epoch: Positive = 1
     """Commits of each worker in an epoch."""
+    servers: Positive = 1
+    """Ranks over which the global model is spread; the first ones."""
 
 
 class Train(Section):
