@@ -62,7 +62,7 @@ def distributed(link: MpiServerLink, initial: torch.Tensor) -> GlobalModel:
     return model
 
 
-async def records_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def records_server(link: MpiServerLink) -> dict[str, Any]:
     """Orders and reports with a value in every field arrive as they were sent."""
     model = distributed(link, torch.zeros(4))
     inbox = Inbox(link)
@@ -83,7 +83,7 @@ async def records_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, 
     return {"sent": sent, "received": received}
 
 
-async def records_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def records_worker(link: MpiWorkerLink) -> dict[str, Any]:
     model = torch.empty(4)
     order = await link.join(model)
     report = random_record(Report, 100 + link.rank, ReportKind.COMMIT)
@@ -92,7 +92,7 @@ async def records_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, 
     return {"sent": astuple(report), "received": astuple(order)}
 
 
-async def progress_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def progress_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, Any]:
     """No report is taken before every worker has sent all its progress."""
     model = distributed(link, torch.zeros(LARGE))
     inbox = Inbox(link)
@@ -100,7 +100,7 @@ async def progress_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
     for worker in range(1, link.workers + 1):
         link.order(worker, Order(OrderKind.TRAIN))
         await model.send(worker)
-    comm.Barrier()
+    meeting.Barrier()
     for _ in range(link.workers):
         worker, _ = await inbox.next(ReportKind.COMMIT)
         link.order(worker, Order(OrderKind.STOP))
@@ -113,18 +113,18 @@ async def progress_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
     return {"seen": seen}
 
 
-async def progress_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def progress_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     model = torch.empty(LARGE)
     await link.join(model)
     for number in range(PROGRESS_REPORTS):
         link.tell(Report(ReportKind.PROGRESS, samples=number))
-    comm.Barrier()
+    meeting.Barrier()
     await link.exchange(Report(ReportKind.COMMIT), model)
     await link.leave(Report(ReportKind.LEAVE))
     return {}
 
 
-async def interrupt_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def interrupt_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, Any]:
     """Workers of odd rank train for ever, those of even rank wait for an order."""
     model = distributed(link, torch.zeros(4))
     inbox = Inbox(link)
@@ -133,7 +133,7 @@ async def interrupt_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str
     for worker in range(1, link.workers + 1):
         link.order(worker, Order(OrderKind.TRAIN))
         await model.send(worker)
-    comm.Barrier()
+    meeting.Barrier()
     for _ in waiting:
         worker, _ = await inbox.next(ReportKind.COMMIT)
         await model.drop(worker)
@@ -145,11 +145,11 @@ async def interrupt_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str
     return {}
 
 
-async def interrupt_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def interrupt_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     model = torch.empty(4)
     await link.join(model)
     before = link.interrupted()
-    comm.Barrier()
+    meeting.Barrier()
     if link.rank % 2:
         while not link.interrupted():
             pass
@@ -160,7 +160,7 @@ async def interrupt_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str
     return {"before": before, "order": None if order is None else int(order.kind)}
 
 
-async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def versions_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, Any]:
     """New versions are made while the first one is still on its way to everybody."""
     versions = Versions(link.distribute(torch.full((LARGE,), 1.0)), link)
     first = versions.current
@@ -175,7 +175,7 @@ async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
         addresses.add(buffer.data_ptr())
         buffer.fill_(-number)
         versions.publish(buffer)
-    comm.Barrier()
+    meeting.Barrier()
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
     held = versions.hold()
@@ -196,8 +196,8 @@ async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
     }
 
 
-async def versions_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
-    comm.Barrier()
+async def versions_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
+    meeting.Barrier()
     model = torch.empty(LARGE)
     await link.join(model)
     received = model.unique().tolist()
@@ -209,6 +209,7 @@ async def versions_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str,
 def play_all(comm: MPI.Intracomm, servers: int) -> dict[str, Any]:
     """Every scenario, with the first `servers` ranks as servers; what this rank saw."""
     seen: dict[str, Any] = {}
+    meeting = comm.Split(MPI.UNDEFINED if 0 < comm.rank < servers else 0)
 
     def play(
         name: str, server: Callable, worker: Callable, *arguments: Any, merge: str = "weighted"
@@ -233,11 +234,13 @@ def play_all(comm: MPI.Intracomm, servers: int) -> dict[str, Any]:
 
             play(f"{merge} {size}", asp_server, exchanges.asp_worker, size, merge=merge)
         play(f"bsp {size}", exchanges.bsp_server, exchanges.bsp_worker, size)
-    play("records", records_server, records_worker, comm)
-    play("progress", progress_server, progress_worker, comm)
-    play("interrupt", interrupt_server, interrupt_worker, comm)
+    play("records", records_server, records_worker)
+    play("progress", progress_server, progress_worker, meeting)
+    play("interrupt", interrupt_server, interrupt_worker, meeting)
     if servers == 1:
-        play("versions", versions_server, versions_worker, comm)
+        play("versions", versions_server, versions_worker, meeting)
+    if meeting:
+        meeting.Free()
     return seen
 
 
