@@ -21,8 +21,9 @@ def check_roles(ranks: int, small_workers: int, servers: int = 1) -> None:
     workers = ranks - servers
     if small_workers > workers:
         raise UserError(
-            f"plan.small_workers = {small_workers} does not fit the {workers} workers of "
-            f"{ranks} ranks: set it to {workers} or less, or start more ranks"
+            f"plan.small_workers = {small_workers} does not fit the {workers} "
+            f"worker{'s' if workers > 1 else ''} of {ranks} ranks: set it to {workers} or less, "
+            "or start more ranks"
         )
 
 
