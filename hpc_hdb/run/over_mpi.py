@@ -121,12 +121,19 @@ def _follower_or_worker(comm: MPI.Intracomm) -> None:
     if not job:
         return
     settings = Settings.model_validate(job["settings"])
-    place = _place(comm, settings)
+    follows = comm.rank < settings.server.servers
+    place = _place(comm, _on_cpu(settings) if follows else settings)
     sizes = {int(side): batches for side, batches in job["sweeps"].items()}
-    if comm.rank < settings.server.servers:
+    if follows:
         _follower(comm, settings, place, sizes)
     else:
         _worker(comm, settings, place, sizes, Path(job["folder"]))
+
+
+def _on_cpu(settings: Settings) -> Settings:
+    return settings.model_copy(
+        update={"train": settings.train.model_copy(update={"device": "cpu"})}
+    )
 
 
 def _follower(
