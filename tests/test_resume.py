@@ -244,6 +244,8 @@ def test_commits_on_their_own_are_resumed(
     ranks = servers + 2
     slow = {"SLOW": str(servers)}
     settings = sets(f"server.sync={sync}", "server.staleness=0", f"server.servers={servers}")
+    if servers > 1:  # the workers measure, and the servers wait for them
+        settings += sets("plan.timing=profile", "plan.small_workers=0")
     job = train(*SLOW, *settings, output=run, ranks=ranks, **slow)
     train_on(job, run, 1, commits=5)
     time.sleep(0.1)
