@@ -53,7 +53,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--commits", type=int, default=12, help="of each worker in a block")
+    parser.add_argument("--commits", type=int, default=8, help="of each worker in a block")
     parser.add_argument("--blocks", type=int, default=2, help="of each kind, taking turns")
     options = parser.parse_args()
     os.environ |= ENABLE

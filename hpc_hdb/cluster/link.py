@@ -90,7 +90,7 @@ class SliceLink(Protocol):
         ...
 
     def broadcast(self, model: Tensor, part: slice) -> None:
-        """Send a part of `model` to all workers, without waiting; `model` as in `send`."""
+        """Send a part of `model` to all workers; they all wait for it."""
         ...
 
     def sending(self, model: Tensor) -> bool:

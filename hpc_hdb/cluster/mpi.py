@@ -2,8 +2,11 @@
 
 A model travels in parts, each a message of its own. A worker sends all parts of its commit at
 once, in turn to the servers; a server merges each as it arrives and sends it straight back. So
-the merge, the way there and the way back overlap. A bulk-synchronous merge is an MPI reduction
-of each part to the server that keeps it, and a broadcast from there.
+the merge, the way there and the way back overlap. A bulk-synchronous merge is an MPI
+reduce-scatter among the workers, a gather of the sum to the servers, and a broadcast of each part
+by the server that keeps it: no rank moves more than a few models' worth of bytes, however many
+workers there are. The reduction does not involve the servers, so their number does not change the
+order in which MPI adds.
 
 A waiting rank tests its requests and sleeps in between, instead of spinning inside MPI: it
 must not take the core (or, oversubscribed, the turn) of a rank that trains.
@@ -14,13 +17,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from mpi4py import MPI
 from torch import Tensor
 
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
-from hpc_hdb.cluster.slices import Slices
+from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
 from hpc_hdb.errors import UserError
 
 REPORT, MODEL, ORDER, MERGED, INTERRUPT, INSTRUCTION, SLICE = range(1, 8)
@@ -69,15 +74,35 @@ def wait_until(done: Callable[[], bool], timeout: float = float("inf")) -> bool:
     return True
 
 
-def reduction_groups(comm: MPI.Intracomm, servers: int) -> list[MPI.Comm]:
-    """For each server a communicator of it and all workers, it first; null where not a member.
+@dataclass(frozen=True)
+class Groups:
+    """Communicators within that of servers and workers; every rank of it makes them at once.
 
-    Every rank of `comm` calls this at the same time.
+    Attributes
+    ----------
+    workers : MPI.Comm
+        All workers.
+    of_server : list of MPI.Comm
+        Each server with all workers, it first.
     """
-    return [
-        comm.Split(0 if comm.rank in (server, *range(servers, comm.size)) else MPI.UNDEFINED)
-        for server in range(servers)
-    ]
+
+    workers: MPI.Comm
+    of_server: list[MPI.Comm]
+
+    @classmethod
+    def split(cls, comm: MPI.Intracomm, servers: int) -> Groups:
+        """A communicator of which this rank is no member is null."""
+        workers = set(range(servers, comm.size))
+
+        def group(ranks: set[int]) -> MPI.Comm:
+            return comm.Split(0 if comm.rank in ranks else MPI.UNDEFINED)
+
+        return cls(group(workers), [group({server} | workers) for server in range(servers)])
+
+    def free(self) -> None:
+        for group in (self.workers, *self.of_server):
+            if group != MPI.COMM_NULL:
+                group.Free()
 
 
 class MpiWorkerLink:
@@ -97,7 +122,7 @@ class MpiWorkerLink:
         self.communicate_seconds = 0.0
         self._comm = comm
         self._servers = servers
-        self._groups = reduction_groups(comm, servers)
+        self._groups = Groups.split(comm, servers)
         self._order = bytearray(Order.layout.size)
         self._order_request = comm.Recv_init([self._order, MPI.BYTE], SERVER, ORDER)
         self._interrupt = comm.Irecv([bytearray(0), MPI.BYTE], SERVER, INTERRUPT)
@@ -150,17 +175,17 @@ class MpiWorkerLink:
         order = self._next_order()
         if order.weight:
             start = time.perf_counter()
-            parts = self._cut(model)
-            pushes = [
-                self._groups[server].Ireduce(part.mul_(order.weight), None, MPI.SUM, SERVER)
-                for server, part in parts
-            ]
-            pulls = []
-            for push, (server, part) in zip(pushes, parts, strict=True):
-                wait_until(push.Test)
-                pulls.append(self._groups[server].Ibcast(part, SERVER))
-            for pull in pulls:
-                wait_until(pull.Test)
+            cut = Slices(model.numel(), self._servers).interleaved()
+            own, total = self._reduce_scatter(model.mul_(order.weight))
+            pushes = []
+            for server, part in cut:
+                both = overlap(part, own)
+                if both.start < both.stop:
+                    values = total[both.start - own.start : both.stop - own.start]
+                    pushes.append(self._comm.Isend(values, server, MODEL))
+            for server, part in cut:
+                self._groups.of_server[server].Bcast(model[part], SERVER)
+            MPI.Request.Waitall(pushes)
             self.communicate_seconds += time.perf_counter() - start
         return order
 
@@ -172,8 +197,16 @@ class MpiWorkerLink:
             self._interrupt.Cancel()
             self._interrupt.Wait()
         self._order_request.Free()
-        for group in self._groups:
-            group.Free()
+        self._groups.free()
+
+    def _reduce_scatter(self, model: Tensor) -> tuple[slice, Tensor]:
+        """The sum of all workers' models within this worker's share of it; which share that is."""
+        group = self._groups.workers
+        shares = [share_of_sum(model.numel(), worker, group.size) for worker in range(group.size)]
+        own = shares[group.rank]
+        total = torch.empty(own.stop - own.start)
+        group.Reduce_scatter(model, total, [share.stop - share.start for share in shares])
+        return own, total
 
     def _cut(self, model: Tensor) -> list[tuple[int, Tensor]]:
         """The parts of `model` with their servers, which take turns."""

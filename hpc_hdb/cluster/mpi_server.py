@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,15 @@ from hpc_hdb.cluster.mpi import (
     ORDER,
     REPORT,
     SLICE,
-    reduction_groups,
+    Groups,
     wait_until,
 )
 from hpc_hdb.cluster.roles import SERVER
-from hpc_hdb.cluster.slices import Slices
+from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
+
+_AHEAD = 3
+"""Parts that arrive at a time. Within a node the receiver copies a part as soon as it may: were
+all expected at once, it would copy all before it merged the first."""
 
 
 @dataclass
@@ -44,30 +49,30 @@ class _MpiSliceLink:
         self.servers = servers
         self.workers = comm.size - servers
         self._comm = comm
-        self._group = reduction_groups(comm, servers)[comm.rank]
+        self._groups = Groups.split(comm, servers)
         self._sending: list[_Sending] = []
+        self._size = self._begin = 0
 
     async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
         rank = self._rank(worker)
-        requests = [self._comm.Irecv(out[part], rank, MODEL) for part in self.parts]
-        for request, part in zip(requests, self.parts, strict=True):
-            wait_until(request.Test)
+        requests: deque[MPI.Request] = deque()
+        for number, part in enumerate(self.parts):
+            for ahead in self.parts[number + len(requests) : number + _AHEAD]:
+                requests.append(self._comm.Irecv(out[ahead], rank, MODEL))
+            wait_until(requests.popleft().Test)
             yield part
 
     def send(self, worker: int, model: Tensor, part: slice) -> None:
         self._keep(self._comm.Isend(model[part], self._rank(worker), MERGED), model)
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
-        out.fill_(-0.0)  # adding it changes nothing, not even the sign of a zero
-        requests = [
-            self._group.Ireduce(MPI.IN_PLACE, out[part], MPI.SUM, SERVER) for part in self.parts
-        ]
-        for request, part in zip(requests, self.parts, strict=True):
-            wait_until(request.Test)
+        requests = [self._receive_sum(out, part) for part in self.parts]
+        for of_part, part in zip(requests, self.parts, strict=True):
+            MPI.Request.Waitall(of_part)
             yield part
 
     def broadcast(self, model: Tensor, part: slice) -> None:
-        self._keep(self._group.Ibcast(model[part], SERVER), model)
+        self._groups.of_server[self._comm.rank].Bcast(model[part], SERVER)
 
     def sending(self, model: Tensor) -> bool:
         self._sending = [item for item in self._sending if not item.request.Test()]
@@ -77,7 +82,18 @@ class _MpiSliceLink:
         """Wait until everything has left."""
         for item in self._sending:
             wait_until(item.request.Test)
-        self._group.Free()
+        self._groups.free()
+
+    def _receive_sum(self, out: Tensor, part: slice) -> list[MPI.Request]:
+        """Receive a part of the sum from the workers that have added it up."""
+        requests = []
+        for worker in range(self.workers):
+            share = share_of_sum(self._size, worker, self.workers)
+            both = overlap(share, slice(self._begin + part.start, self._begin + part.stop))
+            if both.start < both.stop:
+                values = out[both.start - self._begin : both.stop - self._begin]
+                requests.append(self._comm.Irecv(values, self._rank(worker + 1), MODEL))
+        return requests
 
     def _rank(self, worker: int) -> int:
         return worker + self.servers - 1
@@ -92,6 +108,7 @@ class _MpiSliceLink:
         """Cut a model of `size` floats; the bounds of this server's slice."""
         slices = Slices(size, self.servers)
         begin, end = slices.bounds(self._comm.rank)
+        self._size, self._begin = size, begin
         self.parts = [
             slice(part.start - begin, part.stop - begin) for part in slices.parts(self._comm.rank)
         ]
@@ -122,7 +139,6 @@ class MpiServerLink(_MpiSliceLink):
             for worker, data in enumerate(self._reports, start=1)
         ]
         MPI.Prequest.Startall(self._requests)
-        self._size = 0
 
     def now(self) -> float:
         return time.perf_counter() - self._start
@@ -148,13 +164,12 @@ class MpiServerLink(_MpiSliceLink):
         self._post(order.pack(), self._rank(worker), ORDER)
 
     def distribute(self, model: Tensor) -> Tensor:
-        self._size = model.numel()
         for server in range(1, self.servers):
-            begin, end = Slices(self._size, self.servers).bounds(server)
-            size = np.array([self._size], dtype=np.int64)
+            begin, end = Slices(model.numel(), self.servers).bounds(server)
+            size = np.array([model.numel()], dtype=np.int64)
             self._comm.Send(size, server, SLICE)
             self._comm.Send(model[begin:end], server, SLICE)
-        begin, end = self._take_parts(self._size)
+        begin, end = self._take_parts(model.numel())
         return model[begin:end]
 
     def instruct(self, instruction: Instruction) -> None:

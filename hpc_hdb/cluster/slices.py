@@ -46,3 +46,14 @@ class Slices:
         """All parts with their servers, taking turns, so that no server waits for another."""
         by_server = [[(s, part) for part in self.parts(s)] for s in range(self.servers)]
         return [item for item in chain(*zip_longest(*by_server)) if item is not None]
+
+
+def share_of_sum(size: int, worker: int, workers: int) -> slice:
+    """The elements of a sum of `size` floats that worker number `worker`, from 0, adds up."""
+    return slice(size * worker // workers, size * (worker + 1) // workers)
+
+
+def overlap(one: slice, other: slice) -> slice:
+    """What two ranges have in common; empty where that is nothing."""
+    start = max(one.start, other.start)
+    return slice(start, max(start, min(one.stop, other.stop)))
