@@ -26,7 +26,8 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, list[float]]
     pause = ["--pause", str(options.pause)]
     for _ in range(options.repeats):
         ranks = ["commit_ranks.py", "--commits", str(options.commits), "--blocks", "2", *pause]
-        record = last_json(mpirun(workers + 1, [sys.executable, HERE / ranks[0], *ranks[1:]]))
+        done = last_json(mpirun(workers + 1, [sys.executable, HERE / ranks[0], *ranks[1:]]))
+        record = done["seconds"]
         # A commit over RPC takes long enough that fewer of them give as good a median.
         rpc = ["--workers", str(workers), "--commits", str(max(2, options.commits // 4)), *pause]
         # torch warns of its own use of deprecated functions.

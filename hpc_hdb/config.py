@@ -59,7 +59,7 @@ class Plan(Section):
     """The dual-batch plan."""
 
     workers: Positive = 4
-    """Workers to plan for or to simulate; under a launcher the number of ranks less one counts."""
+    """Workers to plan for or to simulate; under a launcher the ranks less the servers count."""
     small_workers: Annotated[int, Field(ge=0)] = 1
     time_ratio: Annotated[float, Field(ge=1)] = 1.05
     """k: permitted epoch time relative to large batches alone."""
@@ -105,6 +105,8 @@ class Server(Section):
     """SSP: commits that a worker may be ahead of the slowest."""
     commits_per_epoch: Positive = 1
     """Commits of each worker in an epoch."""
+    servers: Positive = 1
+    """Ranks over which the global model is spread; the first ones."""
 
 
 class Train(Section):

@@ -51,6 +51,8 @@ def here(tmp_path: Path) -> Path:
         (["model.name=mine:failing"], "'mine:failing' raised KeyError: 'no such layer' (/"),
         (["model.name=mine:Net.forward"], "mine:Net.forward"),
         (["plan.small_workers=3"], "plan.small_workers = 3 does not fit the 2 workers"),
+        (["server.servers=0"], "server.servers: input should be greater than or equal to 1, not 0"),
+        (["server.servers=two"], "server.servers: input should be a valid integer"),
         (["plan.time_ratio=9"], "no dual-batch plan: with time_ratio 9 the 1 large-batch"),
         (["schedule.large_batch=[]"], "no large batch for resolution 16"),
         (["schedule.large_batch=[]", "plan.timing=profile"], "schedule.large_batch is empty"),
@@ -107,6 +109,11 @@ def test_without_standard_error_the_status_says_it(
     [
         (1, TRAIN, "1 rank is too few: start at least 2 (a server and a worker)"),
         (3, [*TRAIN, "--set", "plan.small_workers=3"], "does not fit the 2 workers of 3 ranks"),
+        (
+            2,
+            [*TRAIN, "--set", "server.servers=2"],
+            "2 ranks are too few: start at least 3 (server.",
+        ),
         (3, [*TRAIN, "--nosuch"], "No such option: --nosuch: see hdb train --help"),
         (3, ["hdb", "train", "digts"], "did you mean 'digits'?"),
         (3, [*TRAIN, "--set", "plan.workrs=3"], "did you mean 'plan.workers'?"),

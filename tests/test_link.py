@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,46 @@ import pytest
 import torch
 from conftest import succeed
 from programs import exchanges
-from programs.exchanges import PROGRESS_REPORTS, ROUNDS, SIZES, factors
+from programs.exchanges import CLUSTERS, PROGRESS_REPORTS, ROUNDS, SIZES, factors
 from torch import Tensor
 
+from hpc_hdb.cluster.link import ServerLink
 from hpc_hdb.cluster.virtual import VirtualCluster
+from hpc_hdb.train.global_model import follow_root
+from hpc_hdb.train.merge import MERGES
 
 PROGRAM = Path(__file__).parent / "programs" / "link_program.py"
 
 Seen = list[dict[str, dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=[2, 3, 5], ids=lambda ranks: f"{ranks}ranks")
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What every rank saw, by rank and scenario, of one program under mpirun."""
+Cluster = tuple[int, int]
+
+
+@pytest.fixture(scope="module")
+def all_seen(tmp_path_factory: pytest.TempPathFactory) -> dict[Cluster, Seen]:
+    """What root and workers saw, by scenario, of one program under mpirun."""
     folder = tmp_path_factory.mktemp("link")
-    succeed(sys.executable, PROGRAM, folder, ranks=request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    succeed(sys.executable, PROGRAM, folder, ranks=5)
+
+    def read(servers: int, workers: int) -> Seen:
+        ranks = [0, *range(servers, servers + workers)]
+        files = [folder / f"{servers}+{workers}-{rank}.pt" for rank in ranks]
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return {cluster: read(*cluster) for cluster in CLUSTERS}
+
+
+@pytest.fixture(params=CLUSTERS, ids=lambda cluster: "{} servers, {} workers".format(*cluster))
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    """Number of servers and of workers."""
+    return request.param
+
+
+@pytest.fixture
+def seen(cluster: Cluster, all_seen: dict[Cluster, Seen]) -> Seen:
+    """What root and workers saw in one cluster."""
+    return all_seen[cluster]
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -45,7 +70,9 @@ def test_asp_merges_in_the_order_of_arrival(seen: Seen, merge: str, size: int) -
     assert sorted(arrivals) == sorted([*range(1, workers + 1)] * ROUNDS)
     pulled = {worker: [exchanges.initial(size).double()] for worker in range(1, workers + 1)}
     model = exchanges.initial(size).double()
-    for worker in arrivals:
+    collected = seen[0][name]["collected"]
+    assert len(collected) == (len(arrivals) + 1) // 2
+    for number, worker in enumerate(arrivals, start=1):
         commit = pulled[worker][-1].clone()
         exchanges.train(commit, worker, len(pulled[worker]) - 1)
         factor = factors(workers)[worker - 1]
@@ -54,6 +81,8 @@ def test_asp_merges_in_the_order_of_arrival(seen: Seen, merge: str, size: int) -
         else:
             model = ((2 - factor) * model + factor * commit) / 2
         pulled[worker].append(model)
+        if number in collected:
+            torch.testing.assert_close(collected[number].double(), model, rtol=0, atol=2e-6)
     torch.testing.assert_close(seen[0][name]["final"].double(), model, rtol=0, atol=2e-6)
     for worker, models in pulled.items():
         received = seen[worker][name]["pulled"]
@@ -84,12 +113,63 @@ def test_bsp_gives_every_rank_the_same_bits(seen: Seen, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bsp_on_the_virtual_clock_gives_the_same_bits(seen: Seen, size: int) -> None:
-    cluster = VirtualCluster(len(seen) - 1)
-    workers = [exchanges.bsp_worker(link, size) for link in cluster.workers]
-    virtual = cluster.run(exchanges.bsp_server(cluster.server, size), workers)
-    merged = [bits(model) for model in virtual["merged"]]
-    assert merged == [bits(model) for model in seen[0][f"bsp {size}"]["merged"]]
+def test_bsp_on_the_virtual_clock_gives_the_same(seen: Seen, cluster: Cluster, size: int) -> None:
+    """The same bits for two workers; MPI may add up those of more in another order."""
+    servers, workers = cluster
+    virtual = simulate(servers, workers, exchanges.bsp_server, exchanges.bsp_worker, size)
+    merged = zip(virtual["merged"], seen[0][f"bsp {size}"]["merged"], strict=True)
+    for ours, theirs in merged:
+        if workers <= 2:
+            assert bits(ours) == bits(theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_bsp_gives_the_same_bits_with_more_servers(
+    all_seen: dict[Cluster, Seen], workers: int, size: int
+) -> None:
+    found = [
+        [bits(model) for model in all_seen[cluster][0][f"bsp {size}"]["merged"]]
+        for cluster in CLUSTERS
+        if cluster[1] == workers
+    ]
+    assert len(found) > 1
+    assert all(merged == found[0] for merged in found)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("merge", ["weighted", "compsac"])
+def test_asp_gives_the_same_bits_with_more_servers(merge: str, size: int) -> None:
+    """On the virtual clock, where the order of commits is the same too."""
+
+    async def server(link: ServerLink, size: int) -> dict[str, Any]:
+        return await exchanges.asp_server(link, size, merge)
+
+    one, *more = [simulate(n, 3, server, exchanges.asp_worker, size, merge) for n in (1, 2, 5)]
+    for other in more:
+        assert other["arrivals"] == one["arrivals"]
+        assert bits(other["final"]) == bits(one["final"])
+        assert other["collected"].keys() == one["collected"].keys()
+        for number, model in other["collected"].items():
+            assert bits(model) == bits(one["collected"][number])
+
+
+def simulate(
+    servers: int,
+    workers: int,
+    server: Callable,
+    worker: Callable,
+    size: int,
+    merge: str = "weighted",
+) -> dict[str, Any]:
+    """The same exchange on the virtual clock; what its root saw."""
+    cluster = VirtualCluster(workers, servers=servers)
+    return cluster.run(
+        server(cluster.server, size),
+        [worker(link, size) for link in cluster.workers],
+        [follow_root(link, MERGES[merge]) for link in cluster.followers],
+    )
 
 
 def test_records_arrive_as_they_were_sent(seen: Seen) -> None:
@@ -114,13 +194,15 @@ def test_an_interrupt_reaches_workers_that_train_and_orders_those_that_wait(seen
         assert worker["interrupt"]["order"] == (None if rank % 2 else stop)
 
 
-def test_a_version_on_its_way_is_not_overwritten(seen: Seen) -> None:
+def test_a_version_on_its_way_is_not_overwritten(all_seen: dict[Cluster, Seen]) -> None:
+    seen = all_seen[1, 4]
     server = seen[0]["versions"]
     assert server["on its way"], "the model was too small to be still on its way"
     assert [rank["versions"]["received"] for rank in seen[1:]] == [[1.0]] * (len(seen) - 1)
 
 
-def test_buffers_are_used_again_once_nobody_reads_them(seen: Seen) -> None:
+def test_buffers_are_used_again_once_nobody_reads_them(all_seen: dict[Cluster, Seen]) -> None:
+    seen = all_seen[1, 4]
     server = seen[0]["versions"]
     assert not server["still on its way"]
     assert server["held"] == [-4.0], "a version that was held has changed"

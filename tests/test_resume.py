@@ -53,10 +53,10 @@ FAST = sets(
 """Rounds of some milliseconds, with checkpoints that take longer."""
 
 
-def train(*overrides: str, output: Path, **env: str) -> Job:
+def train(*overrides: str, output: Path, ranks: int = RANKS, **env: str) -> Job:
     """A new run under way."""
     arguments = ("digits", *COMMON, *overrides, "--set", f"run.output={output}")
-    return Job("hdb", "train", *arguments, ranks=RANKS, cwd=PROGRAMS, **env)
+    return Job("hdb", "train", *arguments, ranks=ranks, cwd=PROGRAMS, **env)
 
 
 def resume(run: Path, ranks: int = RANKS, **env: str) -> Job:
@@ -94,8 +94,8 @@ def processes(job: Job) -> list[int]:
             environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
             values = dict(entry.partition(b"=")[::2] for entry in environment)
             ranks[int(values[b"OMPI_COMM_WORLD_RANK"])] = int(child)
-    assert sorted(ranks) == list(range(RANKS))
-    return [parent, *(ranks[rank] for rank in range(RANKS))]
+    assert sorted(ranks) == list(range(len(ranks)))
+    return [parent, *(ranks[rank] for rank in range(len(ranks)))]
 
 
 def assert_whole(run: Path) -> Checkpoint:
@@ -235,18 +235,30 @@ def test_another_number_of_ranks_is_refused(finished: Path, tmp_path: Path) -> N
     assert_refusal(resume(run, ranks=2).end(), told)
 
 
-@pytest.mark.parametrize(("sync", "bound"), [("asp", 1000), ("ssp", 0)])
-def test_commits_on_their_own_are_resumed(sync: str, bound: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sync", "bound", "servers"), [("asp", 1000, 2), ("ssp", 0, 1)])
+def test_commits_on_their_own_are_resumed(
+    sync: str, bound: int, servers: int, tmp_path: Path
+) -> None:
     """In SSP the signal comes while the fast worker is held back."""
     run = tmp_path / "run"
-    settings = sets(f"server.sync={sync}", "server.staleness=0")
-    job = train(*SLOW, *settings, output=run, SLOW="1")
+    ranks = servers + 2
+    slow = {"SLOW": str(servers)}
+    settings = sets(f"server.sync={sync}", "server.staleness=0", f"server.servers={servers}")
+    if servers > 1:  # the workers measure, and the servers wait for them
+        settings += sets("plan.timing=profile", "plan.small_workers=0")
+    job = train(*SLOW, *settings, output=run, ranks=ranks, **slow)
     train_on(job, run, 1, commits=5)
     time.sleep(0.1)
     os.kill(processes(job)[1], signal.SIGTERM)
     assert_interrupted(job, run, signal.SIGTERM)
     before = len(commits_of(run))
-    assert resume(run, SLOW="1").end().status == 0
+    if servers > 1:  # a server that is not the root is lost, and with it its slice
+        job = resume(run, ranks, **slow)
+        train_on(job, run, 2, commits=3)
+        os.kill(processes(job)[2], signal.SIGKILL)
+        assert job.end().status != 0
+        assert_whole(run)
+    assert resume(run, ranks, **slow).end().status == 0
     assert_complete(run, epochs=8)
     assert before < len(commits_of(run))
     assert max(leads(commits_of(run))) <= bound

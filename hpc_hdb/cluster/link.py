@@ -1,21 +1,23 @@
-"""What a parameter server and a worker need of each other.
+"""What parameter servers and workers need of each other.
 
-Two implementations: `hpc_hdb.cluster.mpi` between MPI ranks and `hpc_hdb.cluster.virtual`
-within one process on a virtual clock. The loops that use them are coroutines: ``await`` marks
-where time passes. Over MPI an awaited call blocks, as any MPI call does; on the virtual clock
-another rank runs meanwhile.
+Two implementations: `hpc_hdb.cluster.mpi` and `mpi_server` between MPI ranks, and
+`hpc_hdb.cluster.virtual` within one process on a virtual clock. The loops that use them are
+coroutines: ``await`` marks where time passes. Over MPI an awaited call blocks, as any MPI call
+does; on the virtual clock another rank runs meanwhile.
 
-Models are float32 CPU tensors of one dimension and of the same length on every rank.
+Models are float32 CPU tensors of one dimension and of the same length on every worker. Each
+server keeps one slice of the model, which travels in parts (`hpc_hdb.cluster.slices`). The first
+server is the root: it alone takes reports, decides, and instructs the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from hpc_hdb.cluster.messages import Order, Report
+from hpc_hdb.cluster.messages import Instruction, Order, Report
 
 
 class WorkerLink(Protocol):
@@ -63,10 +65,44 @@ class WorkerLink(Protocol):
         ...
 
 
-class ServerLink(Protocol):
-    """The server's end. Workers are named by their rank, 1 to `workers`."""
+class SliceLink(Protocol):
+    """Any server's end, where it moves its slice. Workers are numbered from 1."""
+
+    parts: Sequence[slice]
+    """The parts of this server's slice, as positions in the slice."""
+
+    def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
+        """Receive this slice of `worker`'s commit into `out`; yields each part once it is there."""
+        ...
+
+    def send(self, worker: int, model: Tensor, part: slice) -> None:
+        """Send a part of `model` to `worker`, without waiting.
+
+        It must not change while `sending` says that `model` is still on its way.
+        """
+        ...
+
+    def reduce(self, out: Tensor) -> AsyncIterator[slice]:
+        """Add up this slice of all workers' weighted models in `out`; yields each part once done.
+
+        Each part that it yields is to be sent to the workers with `broadcast`.
+        """
+        ...
+
+    def broadcast(self, model: Tensor, part: slice) -> None:
+        """Send a part of `model` to all workers; they all wait for it."""
+        ...
+
+    def sending(self, model: Tensor) -> bool:
+        """Whether something of this very buffer is still on its way."""
+        ...
+
+
+class ServerLink(SliceLink, Protocol):
+    """The root server's end."""
 
     workers: int
+    servers: int
 
     def now(self) -> float:
         """Seconds since the link was made."""
@@ -76,29 +112,41 @@ class ServerLink(Protocol):
         """The next worker's report, or None after `timeout` real seconds without one."""
         ...
 
-    async def receive(self, worker: int, out: Tensor) -> None:
-        """Receive the model that follows `worker`'s COMMIT report into `out` (ASP, SSP)."""
-        ...
+    def order(self, worker: int, order: Order) -> None:
+        """Answer `worker`'s report, without waiting.
 
-    def reply(self, worker: int, order: Order, model: Tensor | None) -> None:
-        """Send `order` and, for a TRAIN order, `model`, without waiting.
-
-        `model` must not change while `sending` says that it is still on its way.
+        The model that belongs to a TRAIN order follows by `send`, or by `broadcast`.
         """
         ...
 
-    def sending(self, model: Tensor) -> bool:
-        """Whether a reply from this very buffer is still on its way."""
+    def distribute(self, model: Tensor) -> Tensor:
+        """Give every server its slice of `model`, before anything else; the root's own."""
         ...
 
-    async def reduce(self, orders: Mapping[int, Order], out: Tensor) -> None:
-        """Send every worker its order; `out` becomes the sum of their weighted models (BSP)."""
+    def instruct(self, instruction: Instruction) -> None:
+        """Send an instruction to all other servers, without waiting."""
         ...
 
-    async def broadcast(self, model: Tensor) -> None:
-        """End a reduction: every worker receives `model`."""
+    async def collect(self, own: Tensor, out: Tensor) -> None:
+        """After a COLLECT instruction: the root's slice `own` and all others, in `out`."""
         ...
 
     def interrupt(self) -> None:
         """Call the run off: `interrupted` turns true at every worker."""
+        ...
+
+
+class FollowerLink(SliceLink, Protocol):
+    """The end of a server that is not the root."""
+
+    async def first_slice(self) -> Tensor:
+        """The slice that the root gives this server before the first instruction."""
+        ...
+
+    async def next_instruction(self) -> Instruction:
+        """The next thing to do."""
+        ...
+
+    def hand_in(self, model: Tensor) -> None:
+        """Answer a COLLECT instruction, without waiting; `model` as in `send`."""
         ...

@@ -98,3 +98,33 @@ class Order(_Record):
     dropout: float = 0.0
     predicted_seconds: float = 0.0
     weight: float = 0.0
+
+
+class InstructionKind(enum.IntEnum):
+    """What the root server tells the other servers to do with their slices of the model."""
+
+    MERGE = 1
+    """Merge the commit of `worker`; with `reply`, send each part back as it is merged."""
+    SEND = 2
+    """Send the current version to `worker`."""
+    DROP = 3
+    """Receive the commit of `worker`, and forget it."""
+    REDUCE = 4
+    """Reduce all workers' commits to a new version, and send it to all of them."""
+    COLLECT = 5
+    """Hand the current version in to the root server."""
+    END = 6
+
+
+@dataclass
+class Instruction(_Record):
+    """From the root server to the others, which carry out all instructions in their order.
+
+    The root does the same with its own slice, so that the n-th version of every slice belongs
+    to the n-th version of the model.
+    """
+
+    kind: int
+    worker: int = 0
+    reply: int = 0
+    factor: float = 0.0

@@ -1,22 +1,22 @@
-"""The link between MPI ranks, over mpi4py: typed buffers only, no pickle.
+"""The link between MPI ranks, over mpi4py: typed buffers only, no pickle. The workers' end.
 
-A bulk-synchronous merge is a reduce-scatter among the workers (each adds up one slice of all
-models), a gather of the slices to the server and a broadcast, so that no rank moves more than
-a few models' worth of bytes, however many workers there are. ``MPI_Reduce`` would do, but adds
-in an order that depends on the library, its version and the number of ranks; here the slices
-are added in the order of the ranks, so a run repeats bit for bit, on the virtual cluster too.
+A model travels in parts, each a message of its own. A worker sends all parts of its commit at
+once, in turn to the servers; a server merges each as it arrives and sends it straight back. So
+the merge, the way there and the way back overlap. A bulk-synchronous merge is an MPI
+reduce-scatter among the workers, a gather of the sum to the servers, and a broadcast of each part
+by the server that keeps it: no rank moves more than a few models' worth of bytes, however many
+workers there are. The reduction does not involve the servers, so their number does not change the
+order in which MPI adds.
 
 A waiting rank tests its requests and sleeps in between, instead of spinning inside MPI: it
-must not take the core (or, oversubscribed, the turn) of a rank that trains. Transfers
-themselves run at full speed, since both sides are known to be there.
+must not take the core (or, oversubscribed, the turn) of a rank that trains.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
+from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
 from hpc_hdb.errors import UserError
 
-_REPORT, _MODEL, _ORDER, _MERGED, _INTERRUPT = range(1, 6)
+REPORT, MODEL, ORDER, MERGED, INTERRUPT, INSTRUCTION, SLICE = range(1, 8)
+"""Tags of the messages."""
 
 _LAUNCHER = os.getppid()
 _SPIN_SECONDS = 0.02
@@ -51,12 +53,6 @@ def world() -> MPI.Intracomm:
     return MPI.COMM_WORLD.Dup()
 
 
-def slices(size: int, workers: int) -> tuple[list[int], list[int]]:
-    """Lengths and starts of the slices in which `workers` share a buffer of `size`."""
-    bounds = [size * worker // workers for worker in range(workers + 1)]
-    return [end - start for start, end in itertools.pairwise(bounds)], bounds[:-1]
-
-
 def wait_until(done: Callable[[], bool], timeout: float = float("inf")) -> bool:
     """Wait for `done`, first eagerly, then asleep; False after `timeout` seconds.
 
@@ -78,24 +74,58 @@ def wait_until(done: Callable[[], bool], timeout: float = float("inf")) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Communicators within that of servers and workers; every rank of it makes them at once.
+
+    Attributes
+    ----------
+    workers : MPI.Comm
+        All workers.
+    of_server : list of MPI.Comm
+        Each server with all workers, it first.
+    """
+
+    workers: MPI.Comm
+    of_server: list[MPI.Comm]
+
+    @classmethod
+    def split(cls, comm: MPI.Intracomm, servers: int) -> Groups:
+        """A communicator of which this rank is no member is null."""
+        workers = set(range(servers, comm.size))
+
+        def group(ranks: set[int]) -> MPI.Comm:
+            return comm.Split(0 if comm.rank in ranks else MPI.UNDEFINED)
+
+        return cls(group(workers), [group({server} | workers) for server in range(servers)])
+
+    def free(self) -> None:
+        for group in (self.workers, *self.of_server):
+            if group != MPI.COMM_NULL:
+                group.Free()
+
+
 class MpiWorkerLink:
     """A worker's end of the link; see `hpc_hdb.cluster.link.WorkerLink`.
 
     Parameters
     ----------
     comm : MPI.Intracomm
-        Server and workers; not freed here. Every rank of it makes its end at the same time.
+        Servers and workers; not freed here. Every rank of it makes its end at the same time.
+    servers : int
+        The first ranks of `comm`.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self.rank = comm.rank
-        self._workers = comm.Split(0, comm.rank)
+    def __init__(self, comm: MPI.Intracomm, servers: int = 1) -> None:
+        self.rank = comm.rank - servers + 1
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
         self._comm = comm
+        self._servers = servers
+        self._groups = Groups.split(comm, servers)
         self._order = bytearray(Order.layout.size)
-        self._order_request = comm.Recv_init([self._order, MPI.BYTE], SERVER, _ORDER)
-        self._interrupt = comm.Irecv([bytearray(0), MPI.BYTE], SERVER, _INTERRUPT)
+        self._order_request = comm.Recv_init([self._order, MPI.BYTE], SERVER, ORDER)
+        self._interrupt = comm.Irecv([bytearray(0), MPI.BYTE], SERVER, INTERRUPT)
         self._interrupted = False
         self._progress: tuple[MPI.Request, bytearray] | None = None
 
@@ -107,7 +137,7 @@ class MpiWorkerLink:
             self._report(report)
         elif self._progress is None or self._progress[0].Test():
             data = report.pack()
-            self._progress = (self._comm.Isend([data, MPI.BYTE], SERVER, _REPORT), data)
+            self._progress = (self._comm.Isend([data, MPI.BYTE], SERVER, REPORT), data)
 
     def interrupted(self) -> bool:
         self._interrupted = self._interrupted or self._interrupt.Test()
@@ -115,23 +145,47 @@ class MpiWorkerLink:
 
     async def join(self, model: Tensor) -> Order:
         self._report(Report(ReportKind.JOIN))
-        return self._pull(model)
+        order = self._next_order()
+        if order.kind == OrderKind.TRAIN:
+            start = time.perf_counter()
+            pulls = [self._comm.Irecv(part, server, MERGED) for server, part in self._cut(model)]
+            for pull in pulls:
+                wait_until(pull.Test)
+            self.communicate_seconds += time.perf_counter() - start
+        return order
 
     async def exchange(self, report: Report, model: Tensor) -> Order:
         self._report(report)
+        parts = self._cut(model)
+        pushes = [self._comm.Isend(part, server, MODEL) for server, part in parts]
+        order = self._next_order()
         start = time.perf_counter()
-        push = self._comm.Isend(model, SERVER, _MODEL)
-        wait_until(push.Test)
+        pulls = []
+        for push, (server, part) in zip(pushes, parts, strict=True):
+            wait_until(push.Test)  # it must have left before it may be overwritten
+            if order.kind == OrderKind.TRAIN:
+                pulls.append(self._comm.Irecv(part, server, MERGED))
+        for pull in pulls:
+            wait_until(pull.Test)
         self.communicate_seconds += time.perf_counter() - start
-        return self._pull(model)
+        return order
 
     async def reduce(self, report: Report, model: Tensor) -> Order:
         self._report(report)
         order = self._next_order()
         if order.weight:
             start = time.perf_counter()
-            self._comm.Gatherv(self._reduce_scatter(model.mul_(order.weight)), None, SERVER)
-            self._comm.Bcast(model, SERVER)
+            cut = Slices(model.numel(), self._servers).interleaved()
+            own, total = self._reduce_scatter(model.mul_(order.weight))
+            pushes = []
+            for server, part in cut:
+                both = overlap(part, own)
+                if both.start < both.stop:
+                    values = total[both.start - own.start : both.stop - own.start]
+                    pushes.append(self._comm.Isend(values, server, MODEL))
+            for server, part in cut:
+                self._groups.of_server[server].Bcast(model[part], SERVER)
+            MPI.Request.Waitall(pushes)
             self.communicate_seconds += time.perf_counter() - start
         return order
 
@@ -143,24 +197,24 @@ class MpiWorkerLink:
             self._interrupt.Cancel()
             self._interrupt.Wait()
         self._order_request.Free()
-        self._workers.Free()
+        self._groups.free()
 
-    def _reduce_scatter(self, model: Tensor) -> Tensor:
-        """This worker's slice of the sum of all workers' models."""
-        counts, starts = slices(model.numel(), self._workers.size)
-        own = counts[self._workers.rank]
-        parts = torch.empty(self._workers.size, own)
-        self._workers.Alltoallv(
-            [model, (counts, starts), MPI.FLOAT],
-            [parts, ([own] * len(counts), [own * rank for rank in range(len(counts))]), MPI.FLOAT],
-        )
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
-        return total
+    def _reduce_scatter(self, model: Tensor) -> tuple[slice, Tensor]:
+        """The sum of all workers' models within this worker's share of it; which share that is."""
+        group = self._groups.workers
+        shares = [share_of_sum(model.numel(), worker, group.size) for worker in range(group.size)]
+        own = shares[group.rank]
+        total = torch.empty(own.stop - own.start)
+        group.Reduce_scatter(model, total, [share.stop - share.start for share in shares])
+        return own, total
+
+    def _cut(self, model: Tensor) -> list[tuple[int, Tensor]]:
+        """The parts of `model` with their servers, which take turns."""
+        cut = Slices(model.numel(), self._servers).interleaved()
+        return [(server, model[part]) for server, part in cut]
 
     def _report(self, report: Report) -> None:
-        self._comm.Send([report.pack(), MPI.BYTE], SERVER, _REPORT)
+        self._comm.Send([report.pack(), MPI.BYTE], SERVER, REPORT)
 
     def _next_order(self) -> Order:
         start = time.perf_counter()
@@ -168,99 +222,3 @@ class MpiWorkerLink:
         wait_until(self._order_request.Test)
         self.wait_seconds += time.perf_counter() - start
         return Order.unpack(self._order)
-
-    def _pull(self, model: Tensor) -> Order:
-        order = self._next_order()
-        if order.kind == OrderKind.TRAIN:
-            start = time.perf_counter()
-            self._comm.Recv(model, SERVER, _MERGED)
-            self.communicate_seconds += time.perf_counter() - start
-        return order
-
-
-@dataclass
-class _Sending:
-    request: MPI.Request
-    model: Tensor | None
-    order: bytearray
-
-
-class MpiServerLink:
-    """The server's end of the link; see `hpc_hdb.cluster.link.ServerLink`.
-
-    Attributes
-    ----------
-    present : set of int
-        Workers that have not left.
-    """
-
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self.workers = comm.size - 1
-        self.present = set(range(1, comm.size))
-        comm.Split(MPI.UNDEFINED, comm.rank)
-        self._comm = comm
-        self._start = time.perf_counter()
-        self._reports = [bytearray(Report.layout.size) for _ in range(self.workers)]
-        self._requests = [
-            comm.Recv_init([data, MPI.BYTE], worker, _REPORT)
-            for worker, data in enumerate(self._reports, start=1)
-        ]
-        MPI.Prequest.Startall(self._requests)
-        self._sending: list[_Sending] = []
-
-    def now(self) -> float:
-        return time.perf_counter() - self._start
-
-    async def next_report(self, timeout: float) -> tuple[int, Report] | None:
-        arrived = MPI.UNDEFINED
-
-        def any_report() -> bool:
-            nonlocal arrived
-            arrived, done = MPI.Request.Testany(self._requests)
-            return done and arrived != MPI.UNDEFINED
-
-        if not wait_until(any_report, timeout):
-            return None
-        report = Report.unpack(self._reports[arrived])
-        if report.kind == ReportKind.LEAVE:
-            self.present.discard(arrived + 1)
-        else:
-            self._requests[arrived].Start()
-        return arrived + 1, report
-
-    async def receive(self, worker: int, out: Tensor) -> None:
-        self._comm.Recv(out, worker, _MODEL)
-
-    def reply(self, worker: int, order: Order, model: Tensor | None) -> None:
-        data = order.pack()
-        self._sending.append(
-            _Sending(self._comm.Isend([data, MPI.BYTE], worker, _ORDER), None, data)
-        )
-        if model is not None:
-            self._sending.append(_Sending(self._comm.Isend(model, worker, _MERGED), model, data))
-
-    def sending(self, model: Tensor) -> bool:
-        self._sending = [item for item in self._sending if not item.request.Test()]
-        return any(item.model is model for item in self._sending)
-
-    async def reduce(self, orders: Mapping[int, Order], out: Tensor) -> None:
-        for worker, order in orders.items():
-            self.reply(worker, order, None)
-        counts, starts = slices(out.numel(), self.workers)
-        nothing = torch.empty(0)
-        self._comm.Gatherv(
-            [nothing, MPI.FLOAT], [out, ([0, *counts], [0, *starts]), MPI.FLOAT], SERVER
-        )
-
-    async def broadcast(self, model: Tensor) -> None:
-        self._comm.Bcast(model, SERVER)
-
-    def interrupt(self) -> None:
-        for worker in range(1, self.workers + 1):
-            self._sending.append(
-                _Sending(
-                    self._comm.Isend([bytearray(0), MPI.BYTE], worker, _INTERRUPT),
-                    None,
-                    bytearray(),
-                )
-            )

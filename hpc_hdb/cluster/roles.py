@@ -1,4 +1,4 @@
-"""From ranks to roles: rank 0 is the parameter server, then come the large and the small group."""
+"""From ranks to roles: first the parameter servers, then the large-batch and the small group."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.plan import Group
 
 SERVER = 0
-"""Rank of the parameter server."""
+"""Rank of the root server, which decides for all servers."""
 
 
-def check_roles(ranks: int, small_workers: int) -> None:
-    """Raise UserError where `ranks` do not make a server, workers and `small_workers` of them."""
-    if ranks < 2:
+def check_roles(ranks: int, small_workers: int, servers: int = 1) -> None:
+    """Raise UserError where `ranks` do not make servers, workers and `small_workers` of them."""
+    if ranks <= servers:
+        needed = "a server" if servers == 1 else f"server.servers = {servers} servers"
+        instead = "" if servers == 1 else ", or lower server.servers"
         raise UserError(
-            f"{ranks} rank is too few: start at least 2 (a server and a worker), "
-            "such as mpirun -n 5 hdb train CONFIG"
+            f"{ranks} rank{'s are' if ranks > 1 else ' is'} too few: start at least {servers + 1} "
+            f"({needed} and a worker), such as mpirun -n {servers + 4} hdb train CONFIG{instead}"
         )
-    if small_workers > ranks - 1:
+    workers = ranks - servers
+    if small_workers > workers:
         raise UserError(
-            f"plan.small_workers = {small_workers} does not fit the {ranks - 1} workers of "
-            f"{ranks} ranks: set it to {ranks - 1} or less, or start more ranks"
+            f"plan.small_workers = {small_workers} does not fit the {workers} "
+            f"worker{'s' if workers > 1 else ''} of {ranks} ranks: set it to {workers} or less, "
+            "or start more ranks"
         )
 
 
-def group_of(rank: int, ranks: int, small_workers: int) -> Group:
-    """Group of worker `rank`: the last `small_workers` ranks train with the small batch."""
-    return Group.SMALL if rank >= ranks - small_workers else Group.LARGE
+def group_of(worker: int, workers: int, small_workers: int) -> Group:
+    """Group of worker number `worker`, 1 to `workers`: the last ones train the small batch."""
+    return Group.SMALL if worker > workers - small_workers else Group.LARGE

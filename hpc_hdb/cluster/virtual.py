@@ -1,6 +1,6 @@
 """The link inside one process, on a virtual clock: a discrete-event simulation of a cluster.
 
-Server and workers are the same coroutines that run over MPI. One of them runs at a time; who
+Servers and workers are the same coroutines that run over MPI. One of them runs at a time; who
 is next is decided by the time model alone, ties by rank. So a run is deterministic in every
 mode, needs no MPI, and its clock counts what a cluster of that many workers would take.
 Communication takes no virtual time.
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hpc_hdb.cluster.messages import Order, Report, ReportKind
+from hpc_hdb.cluster.messages import Instruction, Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
+from hpc_hdb.cluster.slices import Slices
 
 
 class _Suspend:
@@ -27,21 +29,35 @@ class _Suspend:
 
 
 class VirtualCluster:
-    """A server and `workers` workers on one clock.
+    """One or more servers and `workers` workers on one clock; ranked in that order.
 
     Parameters
     ----------
     workers : int
     slowness : sequence of float, length `workers`, optional
         Factor by which each worker takes longer than predicted; 1 by default.
+    servers : int
+
+    Attributes
+    ----------
+    server : VirtualServerLink
+        The root server's end of the link.
+    followers : list of VirtualFollowerLink
+        Those of the other servers.
+    workers : list of VirtualWorkerLink
     """
 
-    def __init__(self, workers: int, slowness: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, workers: int, slowness: Sequence[float] | None = None, servers: int = 1
+    ) -> None:
         self.time = 0.0
+        self.servers = servers
         self.server = VirtualServerLink(self, workers)
+        self.followers = [VirtualFollowerLink(self, rank) for rank in range(1, servers)]
         factors = slowness or [1.0] * workers
         self.workers = [
-            VirtualWorkerLink(self, rank, factor) for rank, factor in enumerate(factors, start=1)
+            VirtualWorkerLink(self, number, factor)
+            for number, factor in enumerate(factors, start=1)
         ]
         self._events: list[tuple[float, int]] = []
 
@@ -49,15 +65,20 @@ class VirtualCluster:
         """Let `rank` run again after `delay` virtual seconds."""
         heapq.heappush(self._events, (self.time + delay, rank))
 
-    def run(self, server: Coroutine[Any, Any, Any], workers: Sequence[Coroutine]) -> Any:
-        """Run all ranks to their end; what `server` returned.
+    def run(
+        self,
+        server: Coroutine[Any, Any, Any],
+        workers: Sequence[Coroutine],
+        followers: Sequence[Coroutine] = (),
+    ) -> Any:
+        """Run all ranks to their end; what `server`, the root, returned.
 
         Raises
         ------
         RuntimeError
             If every rank waits for another.
         """
-        ranks: dict[int, Coroutine] = {SERVER: server, **dict(enumerate(workers, start=1))}
+        ranks: dict[int, Coroutine] = dict(enumerate([server, *followers, *workers]))
         result = None
         try:
             for rank in ranks:
@@ -83,18 +104,20 @@ class VirtualCluster:
 class VirtualWorkerLink:
     """A worker's end of the link; see `hpc_hdb.cluster.link.WorkerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, rank: int, slowness: float) -> None:
-        self.rank = rank
+    def __init__(self, cluster: VirtualCluster, number: int, slowness: float) -> None:
+        self.rank = number
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
-        self.model: Tensor | None = None
-        self.order: Order | None = None
         self._cluster = cluster
         self._slowness = slowness
+        self._model = torch.empty(0)
+        self._order: Order | None = None
+        self._to_push = 0
+        self._to_pull = 0
 
     async def elapse(self, predicted: float, measured: float) -> float:
         seconds = predicted * self._slowness
-        self._cluster.wake(self.rank, seconds)
+        self._wake(seconds)
         await _Suspend()
         return seconds
 
@@ -106,40 +129,127 @@ class VirtualWorkerLink:
         return self._cluster.server.is_interrupted
 
     async def join(self, model: Tensor) -> Order:
-        return await self._report_and_wait(Report(ReportKind.JOIN), model)
+        return await self._report_and_wait(Report(ReportKind.JOIN), model, pushed=0)
 
     async def exchange(self, report: Report, model: Tensor) -> Order:
-        return await self._report_and_wait(report, model)
+        return await self._report_and_wait(report, model, pushed=model.numel())
 
     async def reduce(self, report: Report, model: Tensor) -> Order:
-        return await self._report_and_wait(report, model)
+        return await self._report_and_wait(report, model, pushed=0)
 
     async def leave(self, report: Report) -> None:
         self._cluster.server.deliver(self.rank, report)
 
-    async def _report_and_wait(self, report: Report, model: Tensor) -> Order:
-        self.model, self.order = model, None
+    def take_order(self, order: Order) -> None:
+        """Receive the root's answer."""
+        self._order = order
+        self._go_on_if_answered()
+
+    def push(self, part: slice) -> Tensor:
+        """The committed values of that part of the model, for the server that receives them."""
+        self._to_push -= part.stop - part.start
+        self._go_on_if_answered()
+        return self._model[part]
+
+    def weighted(self, part: slice) -> Tensor:
+        """That part of the model, scaled for a reduction."""
+        assert self._order is not None, f"worker {self.rank} has no order"
+        return self._model[part].mul_(self._order.weight)
+
+    def pull(self, part: slice, values: Tensor) -> None:
+        """Receive a part of the model."""
+        self._model[part] = values
+        self._to_pull -= part.stop - part.start
+        self._go_on_if_answered()
+
+    async def _report_and_wait(self, report: Report, model: Tensor, pushed: int) -> Order:
+        self._model, self._order = model, None
+        self._to_push, self._to_pull = pushed, model.numel()
         self._cluster.server.deliver(self.rank, report)
         start = self._cluster.time
-        while self.order is None:
-            await _Suspend()
+        await _Suspend()
         self.wait_seconds += self._cluster.time - start
-        return self.order
+        assert self._order is not None, f"worker {self.rank} was woken without an order"
+        return self._order
+
+    def _go_on_if_answered(self) -> None:
+        """Go on once the order is there, and all parts of models have arrived both ways."""
+        if self._order is None or self._to_push:
+            return
+        # A model comes with the next round, or as the result of a reduction.
+        if not self._to_pull or not (self._order.kind == OrderKind.TRAIN or self._order.weight):
+            self._wake()
+
+    def _wake(self, delay: float = 0.0) -> None:
+        self._cluster.wake(self._cluster.servers + self.rank - 1, delay)
 
 
-class VirtualServerLink:
-    """The server's end of the link; see `hpc_hdb.cluster.link.ServerLink`."""
+class _VirtualSliceLink:
+    """What all servers' ends share; see `hpc_hdb.cluster.link.SliceLink`."""
+
+    parts: Sequence[slice] = ()
+
+    def __init__(self, cluster: VirtualCluster, rank: int) -> None:
+        self._cluster = cluster
+        self._rank = rank
+        self._begin = 0
+
+    async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
+        for part in self.parts:
+            out[part] = self._cluster.workers[worker - 1].push(self._in_model(part))
+            yield part
+
+    def send(self, worker: int, model: Tensor, part: slice) -> None:
+        self._cluster.workers[worker - 1].pull(self._in_model(part), model[part])
+
+    async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
+        for part in self.parts:
+            first, *others = self._cluster.workers
+            out[part] = first.weighted(self._in_model(part))
+            for worker in others:
+                out[part] += worker.weighted(self._in_model(part))
+            yield part
+
+    def broadcast(self, model: Tensor, part: slice) -> None:
+        for worker in self._cluster.workers:
+            worker.pull(self._in_model(part), model[part])
+
+    def sending(self, model: Tensor) -> bool:
+        return False
+
+    def take_slice(self, model: Tensor) -> Tensor:
+        """This server's slice of the whole `model`."""
+        slices = Slices(model.numel(), self._cluster.servers)
+        self._begin, end = slices.bounds(self._rank)
+        self.parts = [
+            slice(part.start - self._begin, part.stop - self._begin)
+            for part in slices.parts(self._rank)
+        ]
+        return model[self._begin : end]
+
+    def _in_model(self, part: slice) -> slice:
+        return slice(self._begin + part.start, self._begin + part.stop)
+
+
+class VirtualServerLink(_VirtualSliceLink):
+    """The root server's end of the link; see `hpc_hdb.cluster.link.ServerLink`."""
 
     def __init__(self, cluster: VirtualCluster, workers: int) -> None:
+        super().__init__(cluster, SERVER)
         self.workers = workers
+        self.servers = cluster.servers
         self.is_interrupted = False
-        self._cluster = cluster
         self._inbox: deque[tuple[int, Report]] = deque()
-        self._orders: Mapping[int, Order] = {}
+        self._handed_in: list[tuple[Tensor, slice]] = []
 
     def deliver(self, worker: int, report: Report) -> None:
         """Take a worker's report."""
         self._inbox.append((worker, report))
+        self._cluster.wake(SERVER)
+
+    def take_in(self, model: Tensor, where: slice) -> None:
+        """Take another server's slice."""
+        self._handed_in.append((model, where))
         self._cluster.wake(SERVER)
 
     def now(self) -> float:
@@ -150,39 +260,57 @@ class VirtualServerLink:
             await _Suspend()
         return self._inbox.popleft()
 
-    async def receive(self, worker: int, out: Tensor) -> None:
-        out.copy_(self._model(worker))
+    def order(self, worker: int, order: Order) -> None:
+        self._cluster.workers[worker - 1].take_order(order)
 
-    def reply(self, worker: int, order: Order, model: Tensor | None) -> None:
-        if model is not None:
-            self._model(worker).copy_(model)
-        self._answer(worker, order)
+    def distribute(self, model: Tensor) -> Tensor:
+        for follower in self._cluster.followers:
+            follower.deliver(follower.take_slice(model).clone())
+        return self.take_slice(model)
 
-    def sending(self, model: Tensor) -> bool:
-        return False
+    def instruct(self, instruction: Instruction) -> None:
+        for follower in self._cluster.followers:
+            follower.deliver(instruction)
 
-    async def reduce(self, orders: Mapping[int, Order], out: Tensor) -> None:
-        self._orders = orders
-        for worker, order in sorted(orders.items()):
-            weighted = self._model(worker).mul_(order.weight)
-            if worker == 1:
-                out.copy_(weighted)
-            else:
-                out.add_(weighted)
-
-    async def broadcast(self, model: Tensor) -> None:
-        for worker, order in self._orders.items():
-            self._model(worker).copy_(model)
-            self._answer(worker, order)
+    async def collect(self, own: Tensor, out: Tensor) -> None:
+        while len(self._handed_in) < self.servers - 1:
+            await _Suspend()
+        out[self._begin : self._begin + len(own)] = own
+        for model, where in self._handed_in:
+            out[where] = model
+        self._handed_in.clear()
 
     def interrupt(self) -> None:
         self.is_interrupted = True
 
-    def _model(self, worker: int) -> Tensor:
-        model = self._cluster.workers[worker - 1].model
-        assert model is not None, f"worker {worker} has not reported"
-        return model
 
-    def _answer(self, worker: int, order: Order) -> None:
-        self._cluster.workers[worker - 1].order = order
-        self._cluster.wake(worker)
+class VirtualFollowerLink(_VirtualSliceLink):
+    """Another server's end of the link; see `hpc_hdb.cluster.link.FollowerLink`."""
+
+    def __init__(self, cluster: VirtualCluster, rank: int) -> None:
+        super().__init__(cluster, rank)
+        self._inbox: deque[Tensor | Instruction] = deque()
+
+    def deliver(self, message: Tensor | Instruction) -> None:
+        """Take something from the root server."""
+        self._inbox.append(message)
+        self._cluster.wake(self._rank)
+
+    async def first_slice(self) -> Tensor:
+        message = await self._next()
+        assert isinstance(message, Tensor)
+        return message
+
+    async def next_instruction(self) -> Instruction:
+        message = await self._next()
+        assert isinstance(message, Instruction)
+        return message
+
+    def hand_in(self, model: Tensor) -> None:
+        where = slice(self._begin, self._begin + len(model))
+        self._cluster.server.take_in(model, where)
+
+    async def _next(self) -> Tensor | Instruction:
+        while not self._inbox:
+            await _Suspend()
+        return self._inbox.popleft()

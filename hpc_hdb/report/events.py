@@ -3,9 +3,9 @@
 Every event has ``event`` (its name) and ``time`` (seconds since training began, counted on
 through a resume). Events by name:
 
-- ``start``: ``mode``, ``sync``, ``workers``, ``small_workers``, ``commits_per_epoch`` (of all
-  workers), ``samples``, ``update_factor``, ``device``, ``threads``, ``versions``; again when
-  resumed
+- ``start``: ``mode``, ``sync``, ``servers``, ``workers``, ``small_workers``,
+  ``commits_per_epoch`` (of all workers), ``samples``, ``update_factor``, ``device``, ``threads``,
+  ``versions``; again when resumed
 - ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``,
   ``resolution``, ``dropout``, ``large_batch``, ``small_batch``
 - ``commit``: ``commit`` (global count), ``worker``, ``group``, ``trained_as``

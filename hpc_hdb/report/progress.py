@@ -63,12 +63,12 @@ class Progress:
         """Say what is going on."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def begin(self, plan: TrainingPlan, commits_per_epoch: int) -> None:
+    def begin(self, plan: TrainingPlan, commits_per_epoch: int, servers: int = 1) -> None:
         """Show the plan, and start the bars."""
         shares = plan.shares
         self._epochs = plan.stages[-1].end_epoch
         self._commits_per_epoch = shares.workers * commits_per_epoch
-        self.note(plan_lines(plan))
+        self.note(plan_lines(plan, servers))
         self.console.print(plan_table(plan))
         self._run = self._live.add_task(
             self._epoch(self._resumed_at),

@@ -29,8 +29,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         What a run folder's summary.json holds:
 
         - ``state`` ("finished", "interrupted", or "unfinished": going on, or killed), ``mode``,
-          ``sync``, ``workers``, ``small_workers``, ``commits``, ``epochs``, ``images``,
-          ``seconds``, ``images_per_second``, ``device``, ``versions``
+          ``sync``, ``servers``, ``workers``, ``small_workers``, ``commits``, ``epochs``,
+          ``images``, ``seconds``, ``images_per_second``, ``device``, ``versions``
         - once evaluated: ``final_accuracy``, ``final_loss``, ``best_accuracy``, ``best_epoch``
         - where bad images were left out: ``left_out``, their names
         - ``stages``: see `_stages`
@@ -49,6 +49,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "state": _state(events),
         "mode": about["mode"],
         "sync": about["sync"],
+        "servers": about["servers"],
         "workers": about["workers"],
         "small_workers": about["small_workers"],
         "commits": done,
@@ -73,7 +74,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     rounds_per_epoch = about["commits_per_epoch"] // about["workers"]
     summary["stages"] = _stages(events, commits, rounds_per_epoch)
     workers = _workers(events, about["mode"] == "virtual")
-    summary["roles"] = _roles(workers, sum(event["seconds"] for event in evaluations))
+    evaluating = sum(event["seconds"] for event in evaluations)
+    summary["roles"] = _roles(workers, about["servers"], evaluating)
     summary["overhead"] = _overhead(list(workers.values()))
     return summary
 
@@ -85,6 +87,7 @@ def run_facts(events: Sequence[Event]) -> Event:
     known: Event = {
         "mode": None,
         "sync": None,
+        "servers": 1,
         "device": None,
         "versions": {},
         "workers": max(len(workers), 1),
@@ -181,8 +184,10 @@ def _workers(events: Sequence[Event], virtual: bool) -> dict[int, dict[str, Any]
     return dict(workers)
 
 
-def _roles(workers: dict[int, dict[str, Any]], evaluating: float) -> dict[str, dict[str, Any]]:
-    roles: dict[str, dict[str, Any]] = {"server": {"workers": 1, "evaluate": evaluating}}
+def _roles(
+    workers: dict[int, dict[str, Any]], servers: int, evaluating: float
+) -> dict[str, dict[str, Any]]:
+    roles: dict[str, dict[str, Any]] = {"server": {"workers": servers, "evaluate": evaluating}}
     for group in ("large", "small"):
         members = [worker for worker in workers.values() if worker["group"] == group]
         if members:

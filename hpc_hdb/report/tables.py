@@ -94,10 +94,10 @@ def plan_table(plan: TrainingPlan) -> TextTable:
     return TextTable("Stages", columns, rows, note)
 
 
-def plan_lines(plan: TrainingPlan) -> str:
+def plan_lines(plan: TrainingPlan, servers: int = 1) -> str:
     """Who takes part, and the predicted time, on two lines."""
     shares = plan.shares
-    ranks = ["1 server"]
+    ranks = [format_count(servers, "server")]
     if shares.large_workers:
         ranks.append(format_count(shares.large_workers, "large-batch worker"))
     if shares.small_workers:
@@ -167,7 +167,8 @@ def role_table(summary: dict[str, Any]) -> TextTable:
         rows.append(("  of it loading" if activity == "data" else name, *cells))
     shares = (f"{role['overhead']:.1%}" if "overhead" in role else "-" for role in roles.values())
     rows.append(("not training", *shares))
-    note = "the server evaluates beside the training"
+    first = "first " if roles["server"]["workers"] > 1 else ""
+    note = f"the {first}server evaluates beside the training"
     if summary["mode"] == "virtual":
         note = "on the virtual clock loading, rebuilding, saving and evaluating take no time"
     elif any(shows_other(role) for role in roles.values()):

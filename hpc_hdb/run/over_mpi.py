@@ -1,4 +1,4 @@
-"""A run over MPI: rank 0 serves, the others work."""
+"""A run over MPI: rank 0 serves, with further servers where there are any; the others work."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
-from hpc_hdb.cluster.mpi import MpiServerLink, MpiWorkerLink, wait_until, world
+from hpc_hdb.cluster.mpi import MpiWorkerLink, wait_until, world
+from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
 from hpc_hdb.cluster.roles import SERVER, check_roles
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
@@ -37,6 +39,8 @@ from hpc_hdb.run.planning import (
 )
 from hpc_hdb.run.serve import STOP_SIGNALS, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
+from hpc_hdb.train.global_model import follow_root
+from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.worker import run_worker
 
 T = TypeVar("T")
@@ -49,7 +53,7 @@ def train_over_mpi(settings: Settings, name: str, resume: Path | None, progress:
     if comm.rank == SERVER:
         status = _server(comm, settings, name, resume, progress)
     else:
-        _worker(comm)
+        _follower_or_worker(comm)
     status = _agree_on_status(comm, status)
     comm.Free()
     return status
@@ -59,7 +63,7 @@ def _server(
     comm: MPI.Intracomm, settings: Settings, name: str, resume: Path | None, progress: Progress
 ) -> int:
     if resume is None:
-        check_roles(comm.size, settings.plan.small_workers)
+        check_roles(comm.size, settings.plan.small_workers, settings.server.servers)
         folder = RunFolder.create(settings, name)
     else:
         folder, settings = RunFolder.reopen(resume)
@@ -73,7 +77,7 @@ def _server(
 def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: Progress) -> int:
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
-        check_resumed_ranks(plan, comm.size, folder)
+        check_resumed_ranks(plan, settings.server.servers, comm.size, folder)
     prepare_data(settings.data)
     timing = None if plan else known_timing(settings)
     sizes = {} if plan or timing else sweeps(settings)
@@ -92,22 +96,24 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
     evaluator = make_evaluator(settings, place.device, data.classes)
     if sizes:
         progress.note("measuring batch times ...")
-        timing = _measure(comm, sizes)
+        timing = _measure(comm, sizes, comm.size - settings.server.servers)
     if plan is None:
-        plan = make_plan(settings, comm.size - 1, len(data.labels), timing or {})
+        workers = comm.size - settings.server.servers
+        plan = make_plan(settings, workers, len(data.labels), timing or {})
         folder.begin(settings, plan)
     else:
         check_resumed_data(plan, len(data.labels))
-    link = MpiServerLink(comm)
+    link = MpiServerLink(comm, settings.server.servers)
     with results_in(folder.path):
         name = image_name(data, settings)
         status = serve(settings, folder, plan, evaluator, link, progress, _drive, "mpi", name)
     if link.present:  # interrupted, and some worker has not come out of its step for long
         raise SystemExit(status)
+    link.close()
     return status
 
 
-def _worker(comm: MPI.Intracomm) -> None:
+def _follower_or_worker(comm: MPI.Intracomm) -> None:
     for number in STOP_SIGNALS:
         # A launcher signals every rank; rank 0 decides what becomes of the run.
         signal.signal(number, signal.SIG_IGN)
@@ -115,50 +121,85 @@ def _worker(comm: MPI.Intracomm) -> None:
     if not job:
         return
     settings = Settings.model_validate(job["settings"])
-    place = _place(comm, settings)
+    follows = comm.rank < settings.server.servers
+    place = _place(comm, _on_cpu(settings) if follows else settings)
+    sizes = {int(side): batches for side, batches in job["sweeps"].items()}
+    if follows:
+        _follower(comm, settings, place, sizes)
+    else:
+        _worker(comm, settings, place, sizes, Path(job["folder"]))
+
+
+def _on_cpu(settings: Settings) -> Settings:
+    return settings.model_copy(
+        update={"train": settings.train.model_copy(update={"device": "cpu"})}
+    )
+
+
+def _follower(
+    comm: MPI.Intracomm, settings: Settings, place: Place, sizes: dict[int, list[int]]
+) -> None:
+    """A server that is not the root: it keeps a slice of the model, and needs no data or GPU."""
+    torch.set_num_threads(max(1, place.threads // 2))  # as the root
+    if sizes:
+        comm.Reduce(np.zeros(sum(map(len, sizes.values()))), None, MPI.SUM, SERVER)
+    link = MpiFollowerLink(comm, settings.server.servers)
+    _drive(follow_root(link, MERGES[settings.server.merge]))
+    link.close()
+
+
+def _worker(
+    comm: MPI.Intracomm,
+    settings: Settings,
+    place: Place,
+    sizes: dict[int, list[int]],
+    folder: Path,
+) -> None:
     place.settle()
     data = open_data(settings.data, "train")
-    sizes = {int(side): batches for side, batches in job["sweeps"].items()}
     if sizes:
         seconds = time_sweeps(make_trainer(settings, data, place.device), sizes)
         comm.Reduce(np.array(seconds), None, MPI.SUM, SERVER)
-    link = MpiWorkerLink(comm)
+    link = MpiWorkerLink(comm, settings.server.servers)
     trainer = make_trainer(settings, data, place.device)
     synchronous = settings.server.sync == "bsp"
-    folder = Path(job["folder"])
     keep = folder / "checkpoint" if settings.train.keep_momentum else None
     with results_in(folder):
         _drive(run_worker(link, trainer, synchronous, keep, settings.run.checkpoint_every))
 
 
-def check_resumed_ranks(plan: TrainingPlan, ranks: int, folder: RunFolder) -> None:
+def check_resumed_ranks(plan: TrainingPlan, servers: int, ranks: int, folder: RunFolder) -> None:
     """Raise UserError where an interrupted run is resumed with another number of ranks."""
-    if plan.shares.workers != ranks - 1:
+    before = plan.shares.workers + servers
+    if ranks != before:
         raise UserError(
-            f"{folder.path} was started with {plan.shares.workers + 1} ranks: "
-            f"resume it with mpirun -n {plan.shares.workers + 1}, not {ranks}"
+            f"{folder.path} was started with {before} ranks: "
+            f"resume it with mpirun -n {before}, not {ranks}"
         )
 
 
 def _place(comm: MPI.Intracomm, settings: Settings) -> Place:
     """Device and threads of this rank among those of its node."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    workers = np.array([comm.rank != SERVER], dtype=np.int64)
+    works = comm.rank >= settings.server.servers
+    workers = np.array([works], dtype=np.int64)
     cores = np.array([hash(frozenset(os.sched_getaffinity(0)))], dtype=np.int64)
     all_workers = np.empty(node.size, dtype=np.int64)
     all_cores = np.empty(node.size, dtype=np.int64)
     node.Allgather(workers, all_workers)
     node.Allgather(cores, all_cores)
-    local_rank = int(all_workers[: node.rank].sum()) if comm.rank != SERVER else -1
+    local_rank = int(all_workers[: node.rank].sum()) if works else -1
     node.Free()
     return choose_place(settings, local_rank, int(all_workers[all_cores == cores[0]].sum()))
 
 
-def _measure(comm: MPI.Intracomm, sizes: dict[int, list[int]]) -> dict[int, BatchTime]:
+def _measure(
+    comm: MPI.Intracomm, sizes: dict[int, list[int]], workers: int
+) -> dict[int, BatchTime]:
     """The time model, averaged over the workers, all of which measure at the same time."""
     seconds = np.zeros(sum(map(len, sizes.values())))
     comm.Reduce(MPI.IN_PLACE, seconds, MPI.SUM, SERVER)
-    return fit_sweeps(sizes, list(seconds / (comm.size - 1)))
+    return fit_sweeps(sizes, list(seconds / workers))
 
 
 def _broadcast_json(comm: MPI.Intracomm, value: dict[str, Any] | None) -> dict[str, Any]:

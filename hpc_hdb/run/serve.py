@@ -40,7 +40,7 @@ def serve(
     mode: str,
     image_name: Callable[[int], str],
 ) -> int:
-    """Run the parameter server to the end of training.
+    """Run the root server to the end of training.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def serve(
         log.emit("resume", {"commit": commits, "seconds": before})
     if checkpoint is not None:
         server.resume(checkpoint, _last_evaluated(folder))
-    progress.begin(plan, settings.server.commits_per_epoch)
+    progress.begin(plan, settings.server.commits_per_epoch, settings.server.servers)
     try:
         model = drive(server.run())
     except Interrupted as interruption:
@@ -141,6 +141,7 @@ def _about(
     return {
         "mode": mode,
         "sync": settings.server.sync,
+        "servers": settings.server.servers,
         "workers": shares.workers,
         "small_workers": shares.small_workers,
         "commits_per_epoch": shares.workers * settings.server.commits_per_epoch,

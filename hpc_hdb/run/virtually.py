@@ -30,6 +30,8 @@ from hpc_hdb.run.planning import (
 )
 from hpc_hdb.run.serve import has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
+from hpc_hdb.train.global_model import follow_root
+from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.worker import run_worker
 
 
@@ -51,7 +53,8 @@ def train_virtually(settings: Settings, name: str, resume: Path | None, progress
         For anything a user can mend.
     """
     if resume is None:
-        check_roles(settings.plan.workers + 1, settings.plan.small_workers)
+        servers = settings.server.servers
+        check_roles(settings.plan.workers + servers, settings.plan.small_workers, servers)
         folder = RunFolder.create(settings, name)
     else:
         folder, settings = RunFolder.reopen(resume)
@@ -80,7 +83,7 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
         plan = make_plan(settings, settings.plan.workers, len(data.labels), timing)
     else:
         check_resumed_data(plan, len(data.labels))
-    cluster = VirtualCluster(plan.shares.workers)
+    cluster = VirtualCluster(plan.shares.workers, servers=settings.server.servers)
     trainers = [make_trainer(settings, data, place.device) for _ in cluster.workers]
     synchronous = settings.server.sync == "bsp"
     keep = folder.checkpoints if settings.train.keep_momentum else None
@@ -90,7 +93,9 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
             run_worker(link, trainer, synchronous, keep, settings.run.checkpoint_every)
             for link, trainer in zip(cluster.workers, trainers, strict=True)
         ]
-        return cluster.run(server, workers)
+        merge = MERGES[settings.server.merge]
+        followers = [follow_root(link, merge) for link in cluster.followers]
+        return cluster.run(server, workers, followers)
 
     if not folder.resumed:
         folder.begin(settings, plan)

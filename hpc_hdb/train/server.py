@@ -1,4 +1,4 @@
-"""The parameter server's loop: hand out rounds, merge commits, keep account.
+"""The root server's loop: hand out rounds, merge commits, keep account.
 
 Source: Lu et al., arXiv 2509.26092, for ASP and BSP with the model update factor; SSP after
 Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server".
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +18,15 @@ from hpc_hdb.cluster.roles import group_of
 from hpc_hdb.config import Settings
 from hpc_hdb.plan import Group, RoundBook, TrainingPlan
 from hpc_hdb.plan.rounds import split_evenly
-from hpc_hdb.train.background import Background
-from hpc_hdb.train.checkpoint import Checkpoint, save_checkpoint
-from hpc_hdb.train.evaluate import Evaluation, Evaluator
+from hpc_hdb.train.checkpoint import Checkpoint
+from hpc_hdb.train.evaluate import Evaluator
+from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.merge import MERGES, reduction_weights
-from hpc_hdb.train.versions import Versions
+from hpc_hdb.train.snapshots import Emit, Snapshots
 
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
 """For the workers to come out of a step, once a run is interrupted."""
-
-Emit = Callable[[str, dict[str, Any]], None]
 
 
 class Interrupted(Exception):
@@ -41,7 +38,7 @@ class Interrupted(Exception):
 
 
 class ParameterServer:
-    """Rank 0.
+    """Rank 0: decides for all servers, and keeps the first slice of the model.
 
     Parameters
     ----------
@@ -79,14 +76,12 @@ class ParameterServer:
         self._link = link
         self._plan = plan
         self._settings = settings
-        self._evaluator = evaluator
         self._emit = emit
-        self._checkpoints = checkpoints
         self._signal_number = signal_number
         self._book = RoundBook(
             plan.shares, plan.stages, plan.samples, settings.server.commits_per_epoch
         )
-        self._versions = Versions(model, link)
+        self._model = GlobalModel(link, model, MERGES[settings.server.merge])
         self._present = set(range(1, link.workers + 1))
         self._active = set(self._present)
         self._waiting: set[int] = set()
@@ -94,13 +89,19 @@ class ParameterServer:
         self._image_name = image_name
         self._orders: dict[int, Order] = {}
         self._worker_commits = dict.fromkeys(self._present, 0)
-        self._unsaved = dict.fromkeys(self._present, 0)
         self._stage = -1
-        self._seconds_before = 0.0
-        self._next_evaluation = settings.run.evaluate_every
-        self._evaluated = -1
-        self._evaluations: Background[Evaluation] = Background(inline)
-        self._writer: Background[Path] = Background(inline)
+        self._snapshots = Snapshots(
+            self._model,
+            self._book,
+            self._worker_commits,
+            link,
+            settings.run,
+            evaluator,
+            emit,
+            self._note_left_out,
+            checkpoints,
+            inline,
+        )
         self._inline = inline
 
     def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
@@ -112,12 +113,10 @@ class ParameterServer:
         evaluated : int
             Commit count of the last model evaluated before it; 0 if there was none.
         """
-        self._versions.current.copy_(checkpoint.model)
+        self._model.initial.copy_(checkpoint.model)
         self._book.restore(checkpoint.rounds)
         self._worker_commits.update(checkpoint.worker_commits)
-        self._seconds_before = checkpoint.seconds
-        self._evaluated = evaluated
-        self._next_evaluation = self._evaluation_after(evaluated / self._book.commits_per_epoch)
+        self._snapshots.resume(checkpoint, evaluated)
 
     async def run(self) -> Tensor:
         """Serve until training ends.
@@ -135,11 +134,12 @@ class ParameterServer:
         if not self._inline:
             # Merges are bound by memory, and the worker that waits for one polls on some core.
             torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        self._model.distribute()
         try:
             while self._waiting < self._active:
                 await self._next_report(ReportKind.JOIN)
-            self._evaluate_if_due()
-            self._send_rounds()
+            await self._snapshots.evaluate_if_due()
+            await self._send_rounds()
             if self._settings.server.sync == "bsp":
                 await self._serve_bulk_synchronously()
             else:
@@ -148,27 +148,23 @@ class ParameterServer:
                 await self._next_report(ReportKind.LEAVE)
         except Interrupted:
             await self._interrupt()
+            self._model.end()
             raise
-        self._evaluations.wait()
-        if self._evaluated != self._book.commits:
-            self._start_evaluation()
-        self._evaluations.wait()
-        self._writer.wait()
-        return self._versions.current
+        await self._snapshots.finish()
+        final = await self._model.hold()
+        self._model.end()
+        return final
 
     async def _serve_asynchronously(self) -> None:
-        """ASP and SSP: merge each commit as it comes."""
-        merge = MERGES[self._settings.server.merge]
+        """ASP and SSP: merge each commit as it comes; its worker goes on at once where it may."""
         while self._active:
             worker, report = await self._next_report(ReportKind.COMMIT)
-            self._make_room(worker)
-            buffer = self._versions.spare()
-            await self._link.receive(worker, buffer)
-            merge(self._versions.current, buffer, self._factor(report), buffer)
-            self._versions.publish(buffer)
+            await self._snapshots.make_room(worker)
             self._count_commit(worker, report)
-            self._after_commits()
-            self._send_rounds()
+            reply = self._may_go_on(worker) and self._send_next_order(worker)
+            await self._model.merge(worker, self._factor(report), reply)
+            await self._after_commits()
+            await self._send_rounds()
 
     async def _serve_bulk_synchronously(self) -> None:
         """BSP: one reduction over all workers each round."""
@@ -177,27 +173,23 @@ class ParameterServer:
             reports: dict[int, Report] = {}
             while len(reports) < len(workers):
                 worker, report = await self._next_report(ReportKind.COMMIT)
-                self._make_room(worker)
+                await self._snapshots.make_room(worker)
                 reports[worker] = report
             for worker in workers:
                 self._count_commit(worker, reports[worker])
             weights = reduction_weights([self._factor(reports[worker]) for worker in workers])
-            orders = {worker: self._next_order(worker) for worker in workers}
-            for order, weight in zip(orders.values(), weights, strict=True):
-                order.weight = weight
-            buffer = self._versions.spare()
-            self._waiting.clear()
-            await self._link.reduce(orders, buffer)
-            await self._link.broadcast(buffer)
-            self._versions.publish(buffer)
-            self._after_commits()
+            for worker, weight in zip(workers, weights, strict=True):
+                self._send_next_order(worker, weight)
+            await self._model.reduce()
+            await self._after_commits()
 
-    def _send_rounds(self) -> None:
+    async def _send_rounds(self) -> None:
         """Give every worker that waits its next round, unless it must wait for others (SSP)."""
         # An order to stop takes a worker out of the count, which may let others go on.
         while ready := [worker for worker in sorted(self._waiting) if self._may_go_on(worker)]:
             for worker in ready:
-                self._send_next_round(worker)
+                if self._send_next_order(worker):
+                    await self._model.send(worker)
 
     def _may_go_on(self, worker: int) -> bool:
         """Whether a worker that has committed may start its next round (SSP's bound)."""
@@ -206,11 +198,13 @@ class ParameterServer:
         slowest = min(self._worker_commits[other] for other in self._active)
         return self._worker_commits[worker] - slowest <= self._settings.server.staleness
 
-    def _send_next_round(self, worker: int) -> None:
+    def _send_next_order(self, worker: int, weight: float = 0.0) -> bool:
+        """Order a worker that waits to train its next round, or to stop; whether to train."""
         order = self._next_order(worker)
-        train = order.kind == OrderKind.TRAIN
+        order.weight = weight
         self._waiting.remove(worker)
-        self._link.reply(worker, order, self._versions.current if train else None)
+        self._link.order(worker, order)
+        return order.kind == OrderKind.TRAIN
 
     def _next_order(self, worker: int) -> Order:
         """The worker's next round, or the order to stop."""
@@ -251,7 +245,6 @@ class ParameterServer:
         order = self._orders[worker]
         self._book.commit(_trained_as(report), report.index)
         self._worker_commits[worker] += 1
-        self._unsaved[worker] += 1
         self._emit(
             "commit",
             {
@@ -278,71 +271,15 @@ class ParameterServer:
             | _seconds(report),
         )
 
-    def _after_commits(self) -> None:
+    async def _after_commits(self) -> None:
         """Evaluate and write a checkpoint where one is due."""
-        self._evaluate_if_due()
-        if max(self._unsaved.values()) * 2 > self._settings.run.checkpoint_every:
-            self._start_checkpoint()
-
-    def _evaluate_if_due(self) -> None:
-        if self._book.epoch >= self._next_evaluation and not self._evaluations.busy:
-            self._start_evaluation()
-
-    def _evaluation_after(self, epoch: float) -> int:
-        """The epoch after which an evaluation is due that follows one after `epoch`."""
-        every = self._settings.run.evaluate_every
-        return (int(epoch) // every + 1) * every
-
-    def _start_evaluation(self) -> None:
-        model = self._versions.hold()
-        commits, epoch = self._book.commits, self._book.epoch
-        self._next_evaluation = self._evaluation_after(epoch)
-        self._evaluated = commits
-
-        def done(result: Evaluation) -> None:
-            self._versions.release(model)
-            for file in self._evaluator.left_out():
-                self._note_left_out(file)
-            self._emit("evaluation", {"commit": commits, "epoch": epoch} | vars(result))
-
-        self._evaluations.start(lambda: self._evaluator.evaluate(model), done)
-
-    def _start_checkpoint(self) -> None:
-        """Write the current version, beside the loop, unless one is just being written."""
-        if self._checkpoints is None or self._writer.busy:
-            return
-        folder = self._checkpoints
-        checkpoint = Checkpoint(
-            self._versions.hold(),
-            self._evaluator.parameters.signature,
-            self._book.state(),
-            dict(self._worker_commits),
-            self._seconds_before + self._link.now(),
-        )
-        included = dict(self._unsaved)
-
-        def done(path: Path) -> None:
-            self._versions.release(checkpoint.model)
-            for worker, commits in included.items():
-                self._unsaved[worker] -= commits
-            self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
-
-        self._writer.start(lambda: save_checkpoint(folder, checkpoint), done)
-
-    def _make_room(self, worker: int) -> None:
-        """Before a worker's commit is taken: no more than `checkpoint_every` of its are unsaved."""
-        if self._checkpoints is not None:
-            while self._unsaved[worker] >= self._settings.run.checkpoint_every:
-                if self._writer.busy:
-                    self._writer.wait()
-                else:
-                    self._start_checkpoint()
+        await self._snapshots.evaluate_if_due()
+        await self._snapshots.save_if_due()
 
     async def _next_report(self, kind: ReportKind) -> tuple[int, Report]:
         """The next report of that kind; progress and departures are dealt with on the way."""
         while True:
-            self._evaluations.poll()
-            self._writer.poll()
+            self._snapshots.poll()
             if self._signal_number():
                 raise Interrupted(self._signal_number())
             item = await self._link.next_report(_POLL_SECONDS)
@@ -373,26 +310,22 @@ class ParameterServer:
 
     async def _interrupt(self) -> None:
         """Save what is merged, then see the workers off."""
-        self._evaluator.cancel()  # on resume it is done again
-        self._writer.wait()
-        if any(self._unsaved.values()):
-            self._start_checkpoint()
-            self._writer.wait()
+        await self._snapshots.interrupt()
         self._link.interrupt()
         deadline = self._link.now() + _LEAVE_SECONDS
         while self._present and self._link.now() < deadline:
             for worker in sorted(self._waiting):
-                self._link.reply(worker, Order(OrderKind.STOP), None)
+                self._link.order(worker, Order(OrderKind.STOP))
             self._waiting.clear()
             item = await self._link.next_report(_POLL_SECONDS)
             if item is not None:
                 worker, report = item
                 self._note(worker, report)
                 if report.kind == ReportKind.COMMIT and self._settings.server.sync != "bsp":
-                    await self._link.receive(worker, self._versions.spare())
+                    await self._model.drop(worker)
 
     def _group(self, worker: int) -> Group:
-        return group_of(worker, self._link.workers + 1, self._plan.shares.small_workers)
+        return group_of(worker, self._link.workers, self._plan.shares.small_workers)
 
     def _factor(self, report: Report) -> float:
         return self._plan.shares.factor(_trained_as(report))

@@ -1,4 +1,4 @@
-"""The server's versions of the global model: a published version is never changed.
+"""A server's versions of its slice of the model: a published version is never changed.
 
 A commit is received and merged in a spare buffer, which then becomes the current version. So
 replies still on their way, an evaluation and a checkpoint can all read the version they were
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_hdb.cluster.link import ServerLink
+from hpc_hdb.cluster.link import SliceLink
 
 
 class Versions:
@@ -19,11 +19,11 @@ class Versions:
     Parameters
     ----------
     initial : Tensor, shape (size,), float32, on the CPU
-    link : ServerLink
+    link : SliceLink
         Asked which buffers are still being sent.
     """
 
-    def __init__(self, initial: Tensor, link: ServerLink) -> None:
+    def __init__(self, initial: Tensor, link: SliceLink) -> None:
         self.current = initial
         self._link = link
         self._buffers = [initial]

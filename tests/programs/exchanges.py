@@ -10,13 +10,15 @@ from torch import Tensor
 
 from hpc_hdb.cluster.link import ServerLink, WorkerLink
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
+from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.merge import MERGES, reduction_weights
-from hpc_hdb.train.versions import Versions
 
+CLUSTERS = [(1, 1), (1, 2), (1, 4), (2, 2), (3, 2), (1, 3), (2, 3)]
+"""Servers and workers; all fit into five ranks."""
 ROUNDS = 4
 PROGRESS_REPORTS = 300
 SIZES = (10007, 3)
-"""The second is less than the most workers: some of their slices are empty."""
+"""The second has fewer floats than a model usually has parts."""
 
 
 def factors(workers: int) -> list[float]:
@@ -40,26 +42,37 @@ def train(model: Tensor, rank: int, number: int) -> None:
 
 
 async def asp_server(link: ServerLink, size: int, merge: str) -> dict[str, Any]:
-    """Merge each commit as it comes; the order in which they came, and the final model."""
-    versions = Versions(initial(size), link)
+    """Merge each commit as it comes.
+
+    The order in which they came, the final model, and by the number of commits before it what
+    was collected now and then for a checkpoint.
+    """
+    model = GlobalModel(link, initial(size), MERGES[merge])
+    model.distribute()
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
     for worker in range(1, link.workers + 1):
-        link.reply(worker, Order(OrderKind.TRAIN), versions.current)
+        link.order(worker, Order(OrderKind.TRAIN))
+        await model.send(worker)
     arrivals: list[int] = []
+    collected: dict[int, Tensor] = {}
+    held: list[Tensor] = []
     while len(arrivals) < ROUNDS * link.workers:
         worker, report = await inbox.next(ReportKind.COMMIT)
-        buffer = versions.spare()
-        await link.receive(worker, buffer)
-        factor = factors(link.workers)[worker - 1]
-        MERGES[merge](versions.current, buffer, factor, buffer)
-        versions.publish(buffer)
-        arrivals.append(worker)
         last = report.index == ROUNDS - 1
-        kind = OrderKind.STOP if last else OrderKind.TRAIN
-        link.reply(worker, Order(kind), None if last else versions.current)
+        link.order(worker, Order(OrderKind.STOP if last else OrderKind.TRAIN))
+        await model.merge(worker, factors(link.workers)[worker - 1], reply=not last)
+        arrivals.append(worker)
+        if len(arrivals) % 2:
+            held.append(await model.hold())
+            collected[len(arrivals)] = held[-1]
+        if len(held) == 2:  # it was not to change while the next commits came
+            collected[len(arrivals) - 2] = held[0].clone()
+            model.release(held.pop(0))
     await inbox.every(ReportKind.LEAVE)
-    return {"arrivals": arrivals, "final": versions.current}
+    final = (await model.hold()).clone()
+    model.end()
+    return {"arrivals": arrivals, "final": final, "collected": collected}
 
 
 async def asp_worker(link: WorkerLink, size: int) -> dict[str, Any]:
@@ -81,21 +94,23 @@ async def asp_worker(link: WorkerLink, size: int) -> dict[str, Any]:
 async def bsp_server(link: ServerLink, size: int) -> dict[str, Any]:
     """Reduce and broadcast; every merged model."""
     weights = reduction_weights(factors(link.workers))
+    model = GlobalModel(link, initial(size), MERGES["weighted"])
+    model.distribute()
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
-    model = initial(size)
     for worker in range(1, link.workers + 1):
-        link.reply(worker, Order(OrderKind.TRAIN), model)
+        link.order(worker, Order(OrderKind.TRAIN))
+        await model.send(worker)
     merged = []
     for number in range(ROUNDS):
         await inbox.every(ReportKind.COMMIT)
         kind = OrderKind.STOP if number == ROUNDS - 1 else OrderKind.TRAIN
-        orders = {worker: Order(kind, weight=weight) for worker, weight in enumerate(weights, 1)}
-        out = torch.full((size,), float("nan"))
-        await link.reduce(orders, out)
-        await link.broadcast(out)
-        merged.append(out)
+        for worker, weight in enumerate(weights, 1):
+            link.order(worker, Order(kind, weight=weight))
+        await model.reduce()
+        merged.append(await model.hold())
     await inbox.every(ReportKind.LEAVE)
+    model.end()
     return {"merged": merged}
 
 

@@ -1,6 +1,6 @@
 """Run by test_link.py under mpirun: what can happen on the MPI link, without data or a model.
 
-Each rank writes what it saw of every scenario to ``FOLDER/<rank>.pt``.
+Each rank writes what it saw of every scenario to ``FOLDER/<servers>+<workers>-<rank>.pt``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from typing import Any
 
 import exchanges
 import torch
-from exchanges import PROGRESS_REPORTS, Inbox
+from exchanges import CLUSTERS, PROGRESS_REPORTS, Inbox
 from mpi4py import MPI
 
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
-from hpc_hdb.cluster.mpi import MpiServerLink, MpiWorkerLink, world
+from hpc_hdb.cluster.mpi import MpiWorkerLink, world
+from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
+from hpc_hdb.train.global_model import GlobalModel, follow_root
+from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.versions import Versions
 
 LARGE = 4_000_000
@@ -53,26 +56,34 @@ def random_record(kind: type[Report] | type[Order], seed: int, first: int) -> An
     return kind(**values | {"kind": int(first)})
 
 
-async def records_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+def distributed(link: MpiServerLink, initial: torch.Tensor) -> GlobalModel:
+    model = GlobalModel(link, initial, MERGES["weighted"])
+    model.distribute()
+    return model
+
+
+async def records_server(link: MpiServerLink) -> dict[str, Any]:
     """Orders and reports with a value in every field arrive as they were sent."""
+    model = distributed(link, torch.zeros(4))
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
-    model = torch.zeros(4)
     sent, received = {}, {}
     for worker in range(1, link.workers + 1):
         order = random_record(Order, worker, OrderKind.TRAIN)
         sent[worker] = astuple(order)
-        link.reply(worker, order, model)
+        link.order(worker, order)
+        await model.send(worker)
     for _ in range(link.workers):
         worker, report = await inbox.next(ReportKind.COMMIT)
-        await link.receive(worker, torch.empty(4))
         received[worker] = astuple(report)
-        link.reply(worker, Order(OrderKind.STOP), None)
+        link.order(worker, Order(OrderKind.STOP))
+        await model.drop(worker)
     await inbox.every(ReportKind.LEAVE)
+    model.end()
     return {"sent": sent, "received": received}
 
 
-async def records_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def records_worker(link: MpiWorkerLink) -> dict[str, Any]:
     model = torch.empty(4)
     order = await link.join(model)
     report = random_record(Report, 100 + link.rank, ReportKind.COMMIT)
@@ -81,60 +92,64 @@ async def records_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, 
     return {"sent": astuple(report), "received": astuple(order)}
 
 
-async def progress_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def progress_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, Any]:
     """No report is taken before every worker has sent all its progress."""
+    model = distributed(link, torch.zeros(LARGE))
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
-    model = torch.zeros(LARGE)
     for worker in range(1, link.workers + 1):
-        link.reply(worker, Order(OrderKind.TRAIN), model)
-    comm.Barrier()
+        link.order(worker, Order(OrderKind.TRAIN))
+        await model.send(worker)
+    meeting.Barrier()
     for _ in range(link.workers):
         worker, _ = await inbox.next(ReportKind.COMMIT)
-        await link.receive(worker, torch.empty(LARGE))
-        link.reply(worker, Order(OrderKind.STOP), None)
+        link.order(worker, Order(OrderKind.STOP))
+        await model.drop(worker)
     await inbox.every(ReportKind.LEAVE)
+    model.end()
     seen: dict[int, list[int]] = {worker: [] for worker in range(1, link.workers + 1)}
     for worker, report in inbox.kept:
         seen[worker].append(report.samples)
     return {"seen": seen}
 
 
-async def progress_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def progress_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     model = torch.empty(LARGE)
     await link.join(model)
     for number in range(PROGRESS_REPORTS):
         link.tell(Report(ReportKind.PROGRESS, samples=number))
-    comm.Barrier()
+    meeting.Barrier()
     await link.exchange(Report(ReportKind.COMMIT), model)
     await link.leave(Report(ReportKind.LEAVE))
     return {}
 
 
-async def interrupt_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def interrupt_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, Any]:
     """Workers of odd rank train for ever, those of even rank wait for an order."""
+    model = distributed(link, torch.zeros(4))
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
-    model = torch.zeros(4)
     waiting = range(2, link.workers + 1, 2)
     for worker in range(1, link.workers + 1):
-        link.reply(worker, Order(OrderKind.TRAIN), model)
-    comm.Barrier()
+        link.order(worker, Order(OrderKind.TRAIN))
+        await model.send(worker)
+    meeting.Barrier()
     for _ in waiting:
         worker, _ = await inbox.next(ReportKind.COMMIT)
-        await link.receive(worker, torch.empty(4))
+        await model.drop(worker)
     link.interrupt()
     for worker in waiting:
-        link.reply(worker, Order(OrderKind.STOP), None)
+        link.order(worker, Order(OrderKind.STOP))
     await inbox.every(ReportKind.LEAVE)
+    model.end()
     return {}
 
 
-async def interrupt_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def interrupt_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     model = torch.empty(4)
     await link.join(model)
     before = link.interrupted()
-    comm.Barrier()
+    meeting.Barrier()
     if link.rank % 2:
         while not link.interrupted():
             pass
@@ -145,12 +160,14 @@ async def interrupt_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str
     return {"before": before, "order": None if order is None else int(order.kind)}
 
 
-async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str, Any]:
+async def versions_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, Any]:
     """New versions are made while the first one is still on its way to everybody."""
-    versions = Versions(torch.full((LARGE,), 1.0), link)
+    versions = Versions(link.distribute(torch.full((LARGE,), 1.0)), link)
     first = versions.current
     for worker in range(1, link.workers + 1):
-        link.reply(worker, Order(OrderKind.TRAIN), versions.current)
+        link.order(worker, Order(OrderKind.TRAIN))
+        for part in link.parts:
+            link.send(worker, versions.current, part)
     on_its_way = link.sending(first)
     addresses = set()
     for number in range(5):
@@ -158,7 +175,7 @@ async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
         addresses.add(buffer.data_ptr())
         buffer.fill_(-number)
         versions.publish(buffer)
-    comm.Barrier()
+    meeting.Barrier()
     inbox = Inbox(link)
     await inbox.every(ReportKind.JOIN)
     held = versions.hold()
@@ -166,9 +183,10 @@ async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
         worker, _ = await inbox.next(ReportKind.COMMIT)
         buffer = versions.spare()
         addresses.add(buffer.data_ptr())
-        await link.receive(worker, buffer)
+        link.order(worker, Order(OrderKind.STOP))
+        async for _ in link.receive(worker, buffer):
+            pass
         versions.publish(buffer)
-        link.reply(worker, Order(OrderKind.STOP), None)
     await inbox.every(ReportKind.LEAVE)
     return {
         "on its way": on_its_way,
@@ -178,8 +196,8 @@ async def versions_server(link: MpiServerLink, comm: MPI.Intracomm) -> dict[str,
     }
 
 
-async def versions_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str, Any]:
-    comm.Barrier()
+async def versions_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
+    meeting.Barrier()
     model = torch.empty(LARGE)
     await link.join(model)
     received = model.unique().tolist()
@@ -188,15 +206,25 @@ async def versions_worker(link: MpiWorkerLink, comm: MPI.Intracomm) -> dict[str,
     return {"received": received}
 
 
-def main(folder: Path) -> None:
-    comm = world()
-    seen: dict[str, Any] = {"pickle": forbid_pickle()}
+def play_all(comm: MPI.Intracomm, servers: int) -> dict[str, Any]:
+    """Every scenario, with the first `servers` ranks as servers; what this rank saw."""
+    seen: dict[str, Any] = {}
+    meeting = comm.Split(MPI.UNDEFINED if 0 < comm.rank < servers else 0)
 
-    def play(name: str, server: Callable, worker: Callable, *arguments: Any) -> None:
-        link: Any = MpiServerLink(comm) if comm.rank == 0 else MpiWorkerLink(comm)
-        part = server if comm.rank == 0 else worker
+    def play(
+        name: str, server: Callable, worker: Callable, *arguments: Any, merge: str = "weighted"
+    ) -> None:
         # Over MPI the coroutines never suspend, so any event loop will do.
-        seen[name] = asyncio.run(part(link, *arguments))
+        if comm.rank == 0:
+            link = MpiServerLink(comm, servers)
+            seen[name] = asyncio.run(server(link, *arguments))
+            link.close()
+        elif comm.rank < servers:
+            follower = MpiFollowerLink(comm, servers)
+            asyncio.run(follow_root(follower, MERGES[merge]))
+            follower.close()
+        else:
+            seen[name] = asyncio.run(worker(MpiWorkerLink(comm, servers), *arguments))
 
     for size in exchanges.SIZES:
         for merge in ("weighted", "compsac"):
@@ -204,14 +232,28 @@ def main(folder: Path) -> None:
             async def asp_server(link: MpiServerLink, size: int, merge: str = merge) -> dict:
                 return await exchanges.asp_server(link, size, merge)
 
-            play(f"{merge} {size}", asp_server, exchanges.asp_worker, size)
+            play(f"{merge} {size}", asp_server, exchanges.asp_worker, size, merge=merge)
         play(f"bsp {size}", exchanges.bsp_server, exchanges.bsp_worker, size)
-    play("records", records_server, records_worker, comm)
-    play("progress", progress_server, progress_worker, comm)
-    play("interrupt", interrupt_server, interrupt_worker, comm)
-    play("versions", versions_server, versions_worker, comm)
-    torch.save(seen, folder / f"{comm.rank}.pt")
-    comm.Free()
+    play("records", records_server, records_worker)
+    play("progress", progress_server, progress_worker, meeting)
+    play("interrupt", interrupt_server, interrupt_worker, meeting)
+    if servers == 1:
+        play("versions", versions_server, versions_worker, meeting)
+    if meeting:
+        meeting.Free()
+    return seen
+
+
+def main(folder: Path) -> None:
+    everyone = world()
+    pickle = forbid_pickle()
+    for servers, workers in CLUSTERS:
+        comm = everyone.Split(0 if everyone.rank < servers + workers else MPI.UNDEFINED)
+        if comm != MPI.COMM_NULL:
+            seen = {"pickle": pickle} | play_all(comm, servers)
+            torch.save(seen, folder / f"{servers}+{workers}-{comm.rank}.pt")
+            comm.Free()
+    everyone.Free()
 
 
 if __name__ == "__main__":

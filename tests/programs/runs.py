@@ -30,10 +30,11 @@ class Kind:
     commits_per_epoch: int
     keep_momentum: bool = True
     slow_rank: int = 0
+    servers: int = 1
 
     @property
     def workers(self) -> int:
-        return self.ranks - 1
+        return self.ranks - self.servers
 
     @property
     def total(self) -> int:
@@ -48,6 +49,7 @@ class Kind:
             "schedule.epochs": EPOCHS,
             "schedule.milestones": [2],
             "server.sync": self.sync,
+            "server.servers": self.servers,
             "server.commits_per_epoch": self.commits_per_epoch,
             "train.keep_momentum": str(self.keep_momentum).lower(),
             "run.output": output,
@@ -62,8 +64,10 @@ KINDS = {
     "ssp-4": Kind("ssp", 5, 2, 3, slow_rank=1),
     "bsp-2": Kind("bsp", 3, 1, 3),
     "bsp-3": Kind("bsp", 4, 1, 1, keep_momentum=False),
+    "ssp-3 on 2": Kind("ssp", 5, 1, 2, slow_rank=2, servers=2),
+    "bsp-2 on 3": Kind("bsp", 5, 1, 3, servers=3),
 }
-"""By sync and number of workers."""
+"""By sync, number of workers, and number of servers where it is not one."""
 
 
 @dataclass(frozen=True)

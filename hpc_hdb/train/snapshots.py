@@ -1,0 +1,157 @@
+"""What is done with versions of the model beside the server's loop: evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hpc_hdb.cluster.link import ServerLink
+from hpc_hdb.config import Run
+from hpc_hdb.plan import RoundBook
+from hpc_hdb.train.background import Background
+from hpc_hdb.train.checkpoint import Checkpoint, save_checkpoint
+from hpc_hdb.train.evaluate import Evaluation, Evaluator
+from hpc_hdb.train.global_model import GlobalModel
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+class Snapshots:
+    """Evaluates the merged model and writes checkpoints, in threads of the root server.
+
+    Parameters
+    ----------
+    model : GlobalModel
+    book : RoundBook
+    worker_commits : dict of int to int
+        Commits of each worker, as the server counts them.
+    link : ServerLink
+        For its clock.
+    settings : Run
+    evaluator : Evaluator
+    emit : callable
+        Takes an event's name and its values.
+    note_left_out : callable
+        Takes the name of a bad held-out image.
+    folder : Path or None
+        Of the checkpoints; None writes none.
+    inline : bool
+        Do everything within the loop instead of beside it.
+    """
+
+    def __init__(
+        self,
+        model: GlobalModel,
+        book: RoundBook,
+        worker_commits: dict[int, int],
+        link: ServerLink,
+        settings: Run,
+        evaluator: Evaluator,
+        emit: Emit,
+        note_left_out: Callable[[str], None],
+        folder: Path | None,
+        inline: bool,
+    ) -> None:
+        self._model = model
+        self._book = book
+        self._worker_commits = worker_commits
+        self._link = link
+        self._settings = settings
+        self._evaluator = evaluator
+        self._emit = emit
+        self._note_left_out = note_left_out
+        self._folder = folder
+        self._saved = dict(worker_commits)
+        self._seconds_before = 0.0
+        self._next_evaluation = settings.evaluate_every
+        self._evaluated = -1
+        self._evaluations: Background[Evaluation] = Background(inline)
+        self._writer: Background[Path] = Background(inline)
+
+    def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
+        """Go on after `checkpoint`; `evaluated` as in `ParameterServer.resume`."""
+        self._saved = dict(checkpoint.worker_commits)
+        self._seconds_before = checkpoint.seconds
+        self._evaluated = evaluated
+        self._next_evaluation = self._evaluation_after(evaluated / self._book.commits_per_epoch)
+
+    def poll(self) -> None:
+        """Finish what has ended meanwhile. Raises what it raised."""
+        self._evaluations.poll()
+        self._writer.poll()
+
+    async def evaluate_if_due(self) -> None:
+        if self._book.epoch >= self._next_evaluation and not self._evaluations.busy:
+            await self._evaluate()
+
+    async def save_if_due(self) -> None:
+        if max(map(self._unsaved, self._saved)) * 2 > self._settings.checkpoint_every:
+            await self._save()
+
+    async def make_room(self, worker: int) -> None:
+        """Before a worker's commit is taken: no more than `checkpoint_every` of its are unsaved."""
+        if self._folder is not None:
+            while self._unsaved(worker) >= self._settings.checkpoint_every:
+                if self._writer.busy:
+                    self._writer.wait()
+                else:
+                    await self._save()
+
+    async def finish(self) -> None:
+        """At the end of training: evaluate the last version, and wait for everything."""
+        self._evaluations.wait()
+        if self._evaluated != self._book.commits:
+            await self._evaluate()
+        self._evaluations.wait()
+        self._writer.wait()
+
+    async def interrupt(self) -> None:
+        """Give up the evaluation under way, and save what is merged."""
+        self._evaluator.cancel()  # on resume it is done again
+        self._writer.wait()
+        if any(map(self._unsaved, self._saved)):
+            await self._save()
+            self._writer.wait()
+
+    def _unsaved(self, worker: int) -> int:
+        return self._worker_commits[worker] - self._saved[worker]
+
+    def _evaluation_after(self, epoch: float) -> int:
+        """The epoch after which an evaluation is due that follows one after `epoch`."""
+        every = self._settings.evaluate_every
+        return (int(epoch) // every + 1) * every
+
+    async def _evaluate(self) -> None:
+        model = await self._model.hold()
+        commits, epoch = self._book.commits, self._book.epoch
+        self._next_evaluation = self._evaluation_after(epoch)
+        self._evaluated = commits
+
+        def done(result: Evaluation) -> None:
+            self._model.release(model)
+            for file in self._evaluator.left_out():
+                self._note_left_out(file)
+            self._emit("evaluation", {"commit": commits, "epoch": epoch} | vars(result))
+
+        self._evaluations.start(lambda: self._evaluator.evaluate(model), done)
+
+    async def _save(self) -> None:
+        """Write the current version, unless one is just being written."""
+        if self._folder is None or self._writer.busy:
+            return
+        folder = self._folder
+        checkpoint = Checkpoint(
+            await self._model.hold(),
+            self._evaluator.parameters.signature,
+            self._book.state(),
+            dict(self._worker_commits),
+            self._seconds_before + self._link.now(),
+        )
+
+        def done(path: Path) -> None:
+            self._model.release(checkpoint.model)
+            self._saved = checkpoint.worker_commits
+            self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
+
+        self._writer.start(lambda: save_checkpoint(folder, checkpoint), done)
