@@ -11,20 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain, pairwise, zip_longest
 
-_PARTS = 32
-"""Parts of a model, unless they would be too long."""
-_LONGEST = 1 << 20
-"""Floats of a part: longer ones no longer stay in a core's cache from arrival to reply."""
+_FEWEST, _USUAL = 8, 32
+"""Parts of a model: the usual number, unless they would be too short or too long."""
+_SHORTEST, _LONGEST = 1 << 14, 1 << 20
+"""Floats of a part: a shorter one costs more than it saves, a longer one no longer stays in a
+core's cache from arrival to reply."""
 
 
 @dataclass(frozen=True)
 class Slices:
     """A buffer of `size` floats, spread over `servers` in contiguous slices.
 
-    >>> Slices(size=96, servers=3).bounds(1)
-    (30, 63)
-    >>> Slices(size=96, servers=3).parts(1)[0]
-    slice(30, 33, None)
+    >>> Slices(size=96, servers=2).bounds(1)
+    (48, 96)
+    >>> Slices(size=96, servers=2).parts(1)[0]
+    slice(48, 60, None)
     """
 
     size: int
@@ -32,7 +33,8 @@ class Slices:
 
     def parts(self, server: int) -> list[slice]:
         """The parts of that server's slice, as positions in the whole buffer; none is empty."""
-        number = max(_PARTS, -(-self.size // _LONGEST))
+        usual = min(_USUAL, self.size // _SHORTEST)
+        number = max(_FEWEST, usual, -(-self.size // _LONGEST))
         first, end = (number * limit // self.servers for limit in (server, server + 1))
         cuts = [self.size * part // number for part in range(first, end + 1)]
         return [slice(*cut) for cut in pairwise(cuts) if cut[0] < cut[1]]
