@@ -79,12 +79,6 @@ def test_a_gpu_that_is_not_there_is_asked_for(here: Path) -> None:
     refused(*SIMULATE, *sets("train.device=cuda"), told="torch sees no GPU here", cwd=here)
 
 
-def test_dali_reads_files_and_not_memory(here: Path) -> None:
-    pytest.importorskip("nvidia.dali")
-    told = 'data.loader = "dali" reads image files, and synthetic is in memory'
-    refused(*SIMULATE, *sets("data.loader=dali"), told=told, cwd=here)
-
-
 def test_dali_that_is_not_installed_is_named(here: Path) -> None:
     (here / "nvidia").mkdir()
     (here / "nvidia" / "__init__.py").touch()  # a package that goes before DALI's
