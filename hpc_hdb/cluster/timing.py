@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from hpc_hdb.cluster.clock import Clock, Suspend
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.plan.network import CommitCost, Network, Topology, commit_cost, reduction_seconds
 
-WARM_UP, MEASURED = 2, 3
-"""Rounds of each worker: after the first, in which all commit at once, the queue is steady."""
+_FEWEST_ROUNDS, _FEWEST_COMMITS = 3, 512
+"""Measured of each worker, and of all together: means of few draws would be those of chance."""
 
 _FASTEST = 0.2
 """Of a round's mean: jitter takes no more off."""
@@ -81,20 +81,24 @@ def time_commits(
     CommitTiming
     """
     workers = len(train)
-    seconds = np.asarray(train) * _variation(topology, workers, jitter, seed)
+    # In the first round all commit at once; SSP's workers drift apart for some rounds more.
+    warm_up = 6 if sync == "ssp" else 2
+    measured = max(_FEWEST_ROUNDS, -(-_FEWEST_COMMITS // workers))
+    rounds = _Rounds(warm_up, measured)
+    seconds = np.asarray(train) * _variation(topology, (rounds.total, workers), jitter, seed)
     clock = Clock()
     bound = _Bound(workers, staleness if sync == "ssp" else None)
     cost = commit_cost(network, model_bytes, topology.servers)
     stations: list[_Station | _BulkStation]
     if sync == "bsp":
         merge, serving = reduction_seconds(network, topology, model_bytes, workers)
-        bulk = _BulkStation(clock, workers, merge, serving)
+        bulk = _BulkStation(clock, rounds, workers, merge, serving)
         stations, leaves = [bulk], [bulk] * workers
         moving = merge
     else:
-        queues, leaves = _stations(clock, cost, topology, workers, bound)
+        queues, leaves = _stations(clock, rounds, cost, topology, workers, bound)
         stations = [*queues]
-        moving = cost.messages + 2 * max(cost.transfer, cost.whole)
+        moving = cost.alone
     members = [
         _Worker(clock, rank, station, list(seconds[:, rank - 1] + inside[rank - 1]))
         for rank, station in enumerate(leaves, start=1)
@@ -104,17 +108,16 @@ def time_commits(
         | {member.rank: member.work() for member in members}
     )
     times = np.array([ends[member.rank] for member in members])
-    cycle = float((times[:, -1] - times[:, WARM_UP - 1]).mean()) / MEASURED
-    trained = float(seconds[WARM_UP:].mean())
+    cycle = float((times[:, -1] - times[:, warm_up - 1]).mean()) / measured
+    trained = float(seconds[warm_up:].mean())
     communicated = moving + float(np.mean(inside))
     load = max(station.busy_seconds_per_round for station in stations) / cycle
     waited = max(0.0, cycle - trained - communicated)
     return CommitTiming(cycle, trained, communicated, waited, min(1.0, load))
 
 
-def _variation(topology: Topology, workers: int, jitter: float, seed: int) -> np.ndarray:
+def _variation(topology: Topology, shape: tuple[int, int], jitter: float, seed: int) -> np.ndarray:
     """Factors of the rounds' seconds, shape (rounds, workers); a worker's slowest rank counts."""
-    shape = (WARM_UP + MEASURED, workers)
     if not jitter:
         return np.ones(shape)
     source = np.random.default_rng(seed)
@@ -125,23 +128,39 @@ def _variation(topology: Topology, workers: int, jitter: float, seed: int) -> np
 
 
 def _stations(
-    clock: Clock, cost: CommitCost, topology: Topology, workers: int, bound: _Bound
+    clock: Clock,
+    rounds: _Rounds,
+    cost: CommitCost,
+    topology: Topology,
+    workers: int,
+    bound: _Bound,
 ) -> tuple[list[_Station], list[_Station]]:
     """All servers, from the root down, and the one of each worker."""
     rank = workers + 1
     levels = topology.levels(workers)
-    above = [_Station(clock, SERVER, cost, levels[-1], bound)]
+    above = [_Station(clock, SERVER, rounds, cost, levels[-1], bound)]
     stations = list(above)
     for below, count in zip(levels[-2::-1], levels[:0:-1], strict=True):
         row = []
         for number in range(count):
             parent = above[number * len(above) // count]
             size = (below * (number + 1) // count) - (below * number // count)
-            row.append(_Station(clock, rank, cost, size, bound, parent))
+            row.append(_Station(clock, rank, rounds, cost, size, bound, parent))
             rank += 1
         stations += row
         above = row
     return stations, [above[number * len(above) // workers] for number in range(workers)]
+
+
+class _Rounds(NamedTuple):
+    """How many each worker trains: to get into step, and that count."""
+
+    warm_up: int
+    measured: int
+
+    @property
+    def total(self) -> int:
+        return self.warm_up + self.measured
 
 
 class _Member(Protocol):
@@ -215,6 +234,7 @@ class _Station:
     ----------
     clock : Clock
     rank : int
+    rounds : _Rounds
     cost : CommitCost
     members : int
         Who commit to it.
@@ -228,6 +248,7 @@ class _Station:
         self,
         clock: Clock,
         rank: int,
+        rounds: _Rounds,
         cost: CommitCost,
         members: int,
         bound: _Bound,
@@ -235,6 +256,7 @@ class _Station:
     ) -> None:
         self.rank = rank
         self._clock = clock
+        self._rounds = rounds
         self._cost = cost
         self._members = members
         self._bound = bound
@@ -246,7 +268,7 @@ class _Station:
 
     @property
     def busy_seconds_per_round(self) -> float:
-        return self._busy / MEASURED
+        return self._busy / self._rounds.measured
 
     def deliver(self, member: _Member) -> None:
         """A member's commit is there to be received."""
@@ -258,17 +280,17 @@ class _Station:
     async def serve(self) -> None:
         """Take all commits of all members."""
         cost, clock = self._cost, self._clock
-        for round_number in range(WARM_UP + MEASURED):
+        for number in range(self._rounds.total):
             for _ in range(self._members):
                 if not self._inbox:
                     self._idle = True
                     await Suspend()
                 member = self._inbox.popleft()
-                receiving = cost.shared if self._sending_until > clock.time else cost.transfer
-                busy = cost.overhead + receiving + cost.merge
+                meets_others = self._inbox or self._sending_until > clock.time
+                busy = cost.period if meets_others else min(cost.period, cost.alone)
                 clock.wake(self.rank, busy)
                 await Suspend()
-                self._busy += busy if round_number >= WARM_UP else 0.0
+                self._busy += busy if number >= self._rounds.warm_up else 0.0
                 self._answer(member)
             if self._parent is not None:
                 self._parent.deliver(self)
@@ -276,11 +298,9 @@ class _Station:
 
     def reply(self, member: _Member) -> None:
         """Send a member the merged model."""
-        cost, now = self._cost, self._clock.time
-        sending = cost.shared if self._inbox else cost.transfer
-        self._sending_until = max(now, self._sending_until) + sending
-        own_link = cost.messages + 2 * max(0.0, cost.whole - cost.transfer)
-        self._clock.wake(member.rank, self._sending_until - now + own_link)
+        sending = max(0.0, self._cost.alone - self._cost.period)
+        self._sending_until = self._clock.time + sending
+        self._clock.wake(member.rank, sending)
 
     def _answer(self, member: _Member) -> None:
         if isinstance(member, _Station):
@@ -293,10 +313,13 @@ class _Station:
 class _BulkStation:
     """All servers in BSP: one reduction of all workers' models a round."""
 
-    def __init__(self, clock: Clock, workers: int, merge: float, serving: float) -> None:
+    def __init__(
+        self, clock: Clock, rounds: _Rounds, workers: int, merge: float, serving: float
+    ) -> None:
         self.rank = SERVER
         self.busy_seconds_per_round = serving
         self._clock = clock
+        self._rounds = rounds
         self._workers = workers
         self._merge = merge
         self._inbox: list[_Member] = []
@@ -309,7 +332,7 @@ class _BulkStation:
 
     async def serve(self) -> None:
         """Take part in all reductions."""
-        for _ in range(WARM_UP + MEASURED):
+        for _ in range(self._rounds.total):
             await Suspend()
             for member in self._inbox:
                 self._clock.wake(member.rank, self._merge)

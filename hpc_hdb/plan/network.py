@@ -1,17 +1,15 @@
 """What commits cost on a network, and how many workers its servers can serve.
 
-A server receives and merges one commit at a time; the merged model goes back while the next
-commit arrives. So a commit that meets an idle server takes
+A commit of a model of ``M`` bytes that meets an idle server takes its worker
 
-    C = 4*latency + overhead + M/b + M/m + M/b
+    C = 4*latency + overhead + M/commit_rate,
 
-for a model of ``M`` bytes, bandwidth ``b`` of a transfer on its own and merge rate ``m``, and
-servers that are never idle take one commit every
+for the way there, the merge and the way back, as far as they do not overlap. A server that is
+never idle takes one commit every
 
-    P = overhead + M/s + M/m
+    P = overhead + M/server_rate
 
-where ``s`` is the bandwidth that each direction of a server's link has while both are in use.
-``n`` workers that train for ``Z`` seconds between commits (ASP) then commit every
+seconds. ``n`` workers that train for ``Z`` seconds between commits (ASP) then commit every
 ``max(Z + C, n*P)`` seconds: the asymptotes of a closed queueing network (Denning and Buzen,
 "The Operational Analysis of Queueing Network Models", ACM Computing Surveys 1978).
 """
@@ -19,10 +17,13 @@ where ``s`` is the bandwidth that each direction of a server's link has while bo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 from hpc_hdb.errors import UserError
+
+_SLOWED_DOWN = 1.15
+"""A reduction that takes so much longer than expected shows that workers share a fabric."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,20 @@ class Network:
         Seconds of a small message between a worker and a server.
     bandwidth : float
         Bytes per second of one model on its way, with nothing else going on.
-    server_bandwidth : float
-        Bytes per second of a server's link, both directions together, when workers commit
-        without a pause. Twice `bandwidth` is a full-duplex link that nothing slows down.
     merge_rate : float
         Bytes of model that a server merges per second.
     overhead : float
-        Seconds that a server spends on a commit beside receiving and merging it.
+        Seconds that a server spends on a commit, however small the model.
+    commit_rate : float
+        Bytes of model per second of a whole commit with a single worker.
+    server_rate : float
+        Bytes of model that a server takes per second when several workers commit without a
+        pause: what its link, the merge and their contention leave.
     reduce_rate : float
-        Bytes per second of model in a reduction and broadcast (BSP) with a single worker.
-    exchange_bandwidth : float
-        Bytes per second that each worker exchanges with others in a reduction.
+        Bytes of model per second of a reduction and broadcast (BSP) with a single worker.
+    exchange_rate : float
+        As `reduce_rate`, of what further workers add: a second one half of a model, and many
+        one model.
     fabric_rate : float or None
         Bytes of model per second of a reduction, all workers together, beyond which they slow one
         another down, as on a machine or a switch that they share; None where nothing does.
@@ -60,11 +64,12 @@ class Network:
 
     latency: float
     bandwidth: float
-    server_bandwidth: float
     merge_rate: float
     overhead: float
+    commit_rate: float
+    server_rate: float
     reduce_rate: float
-    exchange_bandwidth: float
+    exchange_rate: float
     fabric_rate: float | None
     node_latency: float
     node_bandwidth: float
@@ -85,16 +90,90 @@ class Network:
 ASSUMED = Network(
     latency=50e-6,
     bandwidth=1.1e9,
-    server_bandwidth=2.2e9,
     merge_rate=4e9,
     overhead=200e-6,
-    reduce_rate=0.4e9,
-    exchange_bandwidth=1.1e9,
+    commit_rate=0.5e9,
+    server_rate=0.9e9,
+    reduce_rate=0.5e9,
+    exchange_rate=1.1e9,
     fabric_rate=None,
     node_latency=5e-6,
     node_bandwidth=5e9,
 )
 """Stands in for a network that has not been measured: 10 Gbit/s Ethernet."""
+
+
+def fit_network(
+    model_bytes: int,
+    link: Sequence[tuple[int, float]],
+    node: Sequence[tuple[int, float]],
+    merge: float,
+    overhead: float,
+    commits: Mapping[int, float],
+    reductions: Mapping[int, float],
+) -> Network:
+    """The constants that describe what was measured.
+
+    Parameters
+    ----------
+    model_bytes : int
+    link, node : sequence of (int, float)
+        Bytes and seconds of transfers, one way, between two ranks and between two of one node;
+        the first is of a small message.
+    merge : float
+        Seconds of one merge.
+    overhead : float
+        Seconds from commit to commit at a server whose model is next to nothing.
+    commits, reductions : mapping of int to float
+        Seconds from one round to the next in ASP and in BSP, by the number of workers that
+        commit without a pause: 1, for reductions 2, and all that there were.
+    """
+    latency, bandwidth = _fit_line(link)
+    node_latency, node_bandwidth = _fit_line(node)
+    # Noise may leave nothing of a small model: what is left then counts as very fast.
+    fastest = 100 * bandwidth
+
+    def rate(seconds: float, part: float = 1.0) -> float:
+        return part * model_bytes / max(seconds, part * model_bytes / fastest)
+
+    most = max(commits)
+    commit_rate = rate(commits[1] - overhead - 4 * latency)
+    if most > 1:
+        server_rate = rate(commits[most] / most - overhead)
+    else:
+        server_rate = 1 / (1 / bandwidth + merge / model_bytes)
+
+    def in_messages(workers: int) -> float:
+        return reductions[workers] - workers * overhead - _steps(workers) * latency
+
+    exchange_rate = rate(in_messages(2) - in_messages(1), 1 / 2) if most > 1 else bandwidth
+    fitted = Network(
+        latency=latency,
+        bandwidth=bandwidth,
+        merge_rate=rate(merge),
+        overhead=overhead,
+        commit_rate=commit_rate,
+        server_rate=server_rate,
+        reduce_rate=rate(in_messages(1)),
+        exchange_rate=exchange_rate,
+        fabric_rate=None,
+        node_latency=node_latency,
+        node_bandwidth=node_bandwidth,
+    )
+    unshared = _reduction(fitted, model_bytes, most, 1)
+    if most > 2 and reductions[most] > _SLOWED_DOWN * unshared:
+        return replace(fitted, fabric_rate=rate(in_messages(most), most))
+    return fitted
+
+
+def _fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Latency in seconds, of the first point, and bandwidth, of least relative squares."""
+    (_, latency), *rest = points
+    weights = [1 / seconds**2 for _, seconds in rest]
+    moved = zip(rest, weights, strict=True)
+    slope = sum(w * size * max(t - latency, t / 10) for (size, t), w in moved)
+    slope /= sum(w * size**2 for (size, _), w in zip(rest, weights, strict=True))
+    return latency, 1 / slope
 
 
 @dataclass(frozen=True)
@@ -143,54 +222,34 @@ class Topology:
 
 @dataclass(frozen=True)
 class CommitCost:
-    """Seconds of the steps of one commit in ASP and SSP.
+    """Seconds of a commit in ASP and SSP.
 
     Attributes
     ----------
-    messages : float
-        Latency of report, order and both models.
-    overhead, merge : float
-        At the server.
-    transfer : float
-        Of the server's slice of the model, one way, with nothing else going on.
-    shared : float
-        The same while the other direction of the server's link is in use.
-    whole : float
-        Of the whole model over the worker's own link.
+    alone : float
+        ``C``: of a commit that meets idle servers, as its worker sees it.
+    period : float
+        ``P``: from one commit to the next at a server that is never idle.
     """
 
-    messages: float
-    overhead: float
-    merge: float
-    transfer: float
-    shared: float
-    whole: float
-
-    @property
-    def alone(self) -> float:
-        """``C``: what a worker waits for a commit that meets idle servers."""
-        return self.messages + self.overhead + self.merge + 2 * max(self.transfer, self.whole)
-
-    @property
-    def period(self) -> float:
-        """``P``: from one commit to the next at a server that is never idle."""
-        return self.overhead + self.shared + self.merge
+    alone: float
+    period: float
 
 
 def commit_cost(network: Network, model_bytes: float, servers: int = 1) -> CommitCost:
     """What a commit of `model_bytes` costs when they are spread over `servers` servers.
 
-    All servers see the same commits, each a slice of them. The worker's own link still carries
-    the whole model; under load a server's link carries slices of different workers.
+    All servers take the same commits in the same order, each a slice of them. So they share the
+    merge and their links, but one worker's link carries the whole model.
     """
-    part = model_bytes / servers
+    link = model_bytes / network.bandwidth
+    others = 1 - 1 / servers
+    alone = model_bytes / network.commit_rate
+    alone = max(min(link, alone), alone - others * model_bytes / network.merge_rate)
+    period = model_bytes / network.server_rate
+    period = max(min(link, period), period / servers)
     return CommitCost(
-        messages=4 * network.latency,
-        overhead=network.overhead,
-        merge=part / network.merge_rate,
-        transfer=part / network.bandwidth,
-        shared=2 * part / network.server_bandwidth,
-        whole=model_bytes / network.bandwidth,
+        alone=4 * network.latency + network.overhead + alone, period=network.overhead + period
     )
 
 
@@ -199,8 +258,8 @@ def reduction_seconds(
 ) -> tuple[float, float]:
     """Seconds of a bulk-synchronous merge (BSP) once all workers are done.
 
-    Every worker scales its model and adds up one slice of all of them; the slices are gathered
-    at the servers and broadcast. A tree does so level by level, each server with its members.
+    The models are added up and the sum is broadcast, slice by slice. A tree does so level by
+    level, each server with its members.
 
     Returns
     -------
@@ -208,24 +267,27 @@ def reduction_seconds(
         Of the merge, and of the part in which the busiest server takes part.
     """
     levels = topology.levels(workers)
-    if len(levels) > 1:
-        members = [*(min(topology.fan_out, size) for size in levels[:-1]), levels[-1]]
-        parts = [_reduction(network, model_bytes, count, 1) for count in members]
-        return sum(parts), max(parts)
-    merge = _reduction(network, model_bytes, workers, topology.servers)
-    exchange = model_bytes / network.exchange_bandwidth * (workers - 1) / workers
-    return merge, merge - min(exchange, merge)
+    if len(levels) == 1:
+        merge = _reduction(network, model_bytes, workers, topology.servers)
+        return merge, merge
+    members = [topology.fan_out] * (len(levels) - 1) + [levels[-1]]
+    parts = [_reduction(network, model_bytes, count, 1) for count in members]
+    return sum(parts), max(parts)
 
 
 def _reduction(network: Network, model_bytes: float, workers: int, servers: int) -> float:
-    others = (workers - 1) / workers
-    own = model_bytes / network.reduce_rate + others * model_bytes / network.exchange_bandwidth
-    # Several servers gather their slices side by side; one worker's model passes its link whole.
-    own -= (1 - 1 / servers) * model_bytes / network.bandwidth
+    link = model_bytes / network.bandwidth
+    alone = model_bytes / network.reduce_rate
+    seconds = max(min(link, alone), alone / servers)
+    seconds += model_bytes / network.exchange_rate * (workers - 1) / workers
     if network.fabric_rate is not None:
-        own = max(own, workers * model_bytes / network.fabric_rate)
-    messages = workers - 1 + 2 * math.ceil(math.log2(workers + 1))
-    return own + messages * network.latency + workers * network.overhead
+        seconds = max(seconds, workers * model_bytes / network.fabric_rate)
+    return seconds + _steps(workers) * network.latency + workers * network.overhead
+
+
+def _steps(workers: int) -> int:
+    """Messages one after another in a reduction and a broadcast among so many and a server."""
+    return 2 * math.ceil(math.log2(workers + 1))
 
 
 def all_reduce_seconds(network: Network, gradient_bytes: float, ranks: int) -> float:
