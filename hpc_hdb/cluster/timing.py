@@ -7,6 +7,7 @@ What each step costs is `hpc_hdb.plan.network`'s.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,16 +141,18 @@ def _stations(
     levels = topology.levels(workers)
     above = [_Station(clock, SERVER, rounds, cost, levels[-1], bound)]
     stations = list(above)
+    parents = above * levels[-1]
     for below, count in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        row = []
-        for number in range(count):
-            parent = above[number * len(above) // count]
-            size = (below * (number + 1) // count) - (below * number // count)
-            row.append(_Station(clock, rank, rounds, cost, size, bound, parent))
-            rank += 1
-        stations += row
-        above = row
-    return stations, [above[number * len(above) // workers] for number in range(workers)]
+        cuts = [below * number // count for number in range(count + 1)]
+        sizes = [end - begin for begin, end in itertools.pairwise(cuts)]
+        above = [
+            _Station(clock, rank + number, rounds, cost, size, bound, parents[number])
+            for number, size in enumerate(sizes)
+        ]
+        rank += count
+        stations += above
+        parents = [station for station, size in zip(above, sizes, strict=True) for _ in range(size)]
+    return stations, parents
 
 
 class _Rounds(NamedTuple):

@@ -35,11 +35,11 @@ from hpc_hdb.train.server import ParameterServer
 
 _TINY = 64
 """Floats of a model of which only the messages cost anything."""
-_REPEATS = 2
+_REPEATS = 3
 _PING_PONGS = 9
-_ROUNDS = 10
+_ROUNDS = 14
 _TINY_ROUNDS = 60
-_UNSTEADY = 2
+_UNSTEADY = 4
 """Rounds at the start that do not count: buffers are touched for the first time."""
 
 
@@ -68,24 +68,38 @@ def profile_network(settings: Settings, output: Path) -> tuple[Network | None, P
         raise UserError(f"--output {output}: there is no folder {path.parent}")
     comm = world()
     nodes = _nodes(comm)
-    threads = choose_place(settings, sharing=max(1, nodes.count(nodes[comm.rank]) - 1)).threads
-    size = np.array(
-        [model_bytes(settings, guess_classes(settings)) // 4 if comm.rank == SERVER else 0],
-        dtype=np.int64,
-    )
-    wait_until(comm.Ibcast(size, SERVER).Test)
-    network = _measure(comm, nodes, int(size[0]), threads)
+    size = model_floats(comm, settings)
+    network = _measure(comm, nodes, size, settle_rank(comm, settings))
     if network is not None:
         about: dict[str, str | int] = {
             "ranks": comm.size,
             "nodes": len(set(nodes)),
-            "model_bytes": 4 * int(size[0]),
+            "model_bytes": 4 * size,
             "mpi": MPI.Get_library_version().split(",")[0].strip("\x00\n "),
         }
         write_network(path, network, about)
     _rest(comm)
     comm.Free()
     return network, path
+
+
+def model_floats(comm: MPI.Intracomm, settings: Settings) -> int:
+    """Floats of a configuration's model, which the first rank builds."""
+    size = np.zeros(1, dtype=np.int64)
+    if comm.rank == SERVER:
+        size[0] = model_bytes(settings, guess_classes(settings)) // 4
+    wait_until(comm.Ibcast(size, SERVER).Test)
+    return int(size[0])
+
+
+def settle_rank(comm: MPI.Intracomm, settings: Settings) -> int:
+    """Prepare this rank as a run does that shares the node with these; its threads."""
+    nodes = _nodes(comm)
+    own = nodes[comm.rank]
+    workers = nodes.count(own) - (own == nodes[SERVER])
+    place = choose_place(settings, sharing=max(1, workers))
+    place.settle()
+    return place.threads
 
 
 def time_rounds(
