@@ -15,7 +15,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpc_hdb import __version__
-from hpc_hdb.cli_scale import DEFAULT_WORKERS, measure, show_timing, topology_advice
+from hpc_hdb.cli_scale import (
+    DEFAULT_COUNTS,
+    Counts,
+    FanOut,
+    Jitter,
+    RanksPerWorker,
+    Samples,
+    Servers,
+    TimingAsJson,
+    TimingOnly,
+    measure,
+    refuse_timing_options,
+    show_timing,
+    topology_advice,
+)
 from hpc_hdb.cli_shards import pack, verify
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
 from hpc_hdb.config import Settings, load_settings, preset_names
@@ -222,31 +236,18 @@ def train(config: MaybeConfig = None, overrides: Overrides = None, resume: Resum
 
 @app.command()
 def simulate(
+    context: typer.Context,
     config: MaybeConfig = None,
     overrides: Overrides = None,
     resume: Resume = None,
-    timing_only: Annotated[
-        bool,
-        typer.Option(
-            "--timing-only",
-            help="Train nothing: epoch time, waiting and server load of many workers.",
-        ),
-    ] = False,
-    workers: Annotated[
-        str, typer.Option(metavar="N,N,...", help="With --timing-only: numbers of workers.")
-    ] = DEFAULT_WORKERS,
-    samples: Annotated[
-        int | None,
-        typer.Option(min=1, help="Training images; by default those of the data."),
-    ] = None,
-    servers: Annotated[int, typer.Option(min=1, help="Of the sharded topology.")] = 4,
-    ranks_per_worker: Annotated[int, typer.Option(min=1, help="Of the grouped topology.")] = 8,
-    fan_out: Annotated[int, typer.Option(min=2, help="Of the tree: most to one server.")] = 32,
-    jitter: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Standard deviation of a rank's round, of its mean."),
-    ] = 0.05,
-    as_json: AsJson = False,
+    timing_only: TimingOnly = False,
+    workers: Counts = DEFAULT_COUNTS,
+    samples: Samples = None,
+    servers: Servers = 4,
+    ranks_per_worker: RanksPerWorker = 8,
+    fan_out: FanOut = 32,
+    jitter: Jitter = 0.05,
+    as_json: TimingAsJson = False,
 ) -> None:
     """Train on the virtual cluster: the same run in one process, timed by the time model."""
     launched = find_launcher()
@@ -258,6 +259,7 @@ def simulate(
         settings = load_settings(config, overrides or ())
         show_timing(settings, workers, samples, servers, ranks_per_worker, fan_out, jitter, as_json)
         return
+    refuse_timing_options(context)
     _train_virtually(config, overrides, resume, noted=False)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import typer
 
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher
 from hpc_hdb.config import Settings
@@ -13,7 +15,55 @@ from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.plan.network import Topology
 from hpc_hdb.report.terminal import find_console
 
-DEFAULT_WORKERS = "4,16,64,256,1024,4096,16384"
+DEFAULT_COUNTS = "4,16,64,256,1024,4096,16384"
+
+_PANEL = "With --timing-only"
+TimingOnly = Annotated[
+    bool,
+    typer.Option(
+        "--timing-only",
+        help="Train nothing: epoch time, waiting and server load of many workers.",
+    ),
+]
+Counts = Annotated[
+    str, typer.Option(metavar="N,N,...", rich_help_panel=_PANEL, help="Numbers of workers.")
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1, rich_help_panel=_PANEL, help="Training images; by default those of the data."
+    ),
+]
+Servers = Annotated[
+    int, typer.Option(min=1, rich_help_panel=_PANEL, help="Of the sharded topology.")
+]
+RanksPerWorker = Annotated[
+    int, typer.Option(min=1, rich_help_panel=_PANEL, help="Of the grouped topology.")
+]
+FanOut = Annotated[
+    int, typer.Option(min=2, rich_help_panel=_PANEL, help="Of the tree: most to one server.")
+]
+Jitter = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, rich_help_panel=_PANEL, help="Standard deviation of rounds, of their mean."
+    ),
+]
+TimingAsJson = Annotated[
+    bool, typer.Option("--json", rich_help_panel=_PANEL, help="Print JSON instead of tables.")
+]
+
+
+def refuse_timing_options(context: typer.Context) -> None:
+    """Raise UserError where an option is typed that only --timing-only heeds."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        panel = getattr(parameter, "rich_help_panel", None)
+        if panel == _PANEL and source and source.name == "COMMANDLINE":
+            told = f"{parameter.opts[0]} goes with --timing-only"
+            if parameter.name == "workers":
+                told += "; to train on so many: --set plan.workers=N"
+            raise UserError(told)
 
 
 def show_timing(
@@ -82,7 +132,8 @@ def topology_advice(settings: Settings, plan: TrainingPlan) -> ShownAdvice:
     from hpc_hdb.run.scale import advise, workload_of
 
     network, source = find_network(settings)
-    advice = advise(settings, workload_of(settings, plan.samples), network, plan.shares.workers)
+    workload = workload_of(settings, plan.samples, plan.shares.workers)
+    advice = advise(settings, workload, network, plan.shares.workers)
     line = advice_line(advice, settings.server.sync, source)
     return ShownAdvice(advice.to_dict() | {"network": source}, line)
 

@@ -377,6 +377,12 @@ def test_an_error_is_one_line_that_says_what_to_do(
     assert told in hdb.refused("simulate", *words, "--timing-only")
 
 
+@pytest.mark.parametrize("option", ["--workers=8", "--jitter=0", "--json"])
+def test_options_of_the_timing_are_not_ignored(hdb: Terminal, option: str) -> None:
+    told = hdb.refused("simulate", "digits", option)
+    assert told.startswith(f"hdb: {option.partition('=')[0]} goes with --timing-only")
+
+
 def test_the_network_cannot_be_measured_without_a_launcher(hdb: Terminal) -> None:
     answer = hdb("profile", "digits", "--network")
     assert_one_line(answer)

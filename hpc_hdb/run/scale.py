@@ -61,7 +61,7 @@ class Scaling:
     rows: list[Row]
 
 
-def workload_of(settings: Settings, samples: int | None) -> Workload:
+def workload_of(settings: Settings, samples: int | None, workers: int | None = None) -> Workload:
     """What a configuration's ranks train and commit.
 
     Parameters
@@ -69,6 +69,8 @@ def workload_of(settings: Settings, samples: int | None) -> Workload:
     settings : Settings
     samples : int or None
         Training images; None looks at the data.
+    workers : int, optional
+        Those of which ``plan.small_workers`` are small; by default ``plan.workers``.
 
     Raises
     ------
@@ -91,7 +93,7 @@ def workload_of(settings: Settings, samples: int | None) -> Workload:
         stages_with_batches(settings),
         timing,
         samples or len(data.labels if data else ()),
-        settings.plan.small_workers / settings.plan.workers,
+        settings.plan.small_workers / (workers or settings.plan.workers),
         settings.plan.time_ratio,
         settings.server.commits_per_epoch,
         model_bytes(settings, classes),
