@@ -90,15 +90,14 @@ def time_commits(
     clock = Clock()
     bound = _Bound(workers, staleness if sync == "ssp" else None)
     cost = commit_cost(network, model_bytes, topology.servers)
-    stations: list[_Station | _BulkStation]
+    stations: Sequence[_Station | _BulkStation]
+    leaves: Sequence[_Station | _BulkStation]
     if sync == "bsp":
-        merge, serving = reduction_seconds(network, topology, model_bytes, workers)
-        bulk = _BulkStation(clock, rounds, workers, merge, serving)
-        stations, leaves = [bulk], [bulk] * workers
-        moving = merge
+        moving, serving = reduction_seconds(network, topology, model_bytes, workers)
+        stations = [_BulkStation(clock, rounds, workers, moving, serving)]
+        leaves = [*stations] * workers
     else:
-        queues, leaves = _stations(clock, rounds, cost, topology, workers, bound)
-        stations = [*queues]
+        stations, leaves = _stations(clock, rounds, cost, topology, workers, bound)
         moving = cost.alone
     members = [
         _Worker(clock, rank, station, list(seconds[:, rank - 1] + inside[rank - 1]))

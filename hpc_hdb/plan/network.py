@@ -17,13 +17,15 @@ seconds. ``n`` workers that train for ``Z`` seconds between commits (ASP) then c
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from hpc_hdb.errors import UserError
 
-_SLOWED_DOWN = 1.15
-"""A reduction that takes so much longer than expected shows that workers share a fabric."""
+_SLOWED_DOWN, _ALMOST_LINEAR = 1.15, 0.6
+"""A reduction so much slower than expected, and that part of one whose time is proportional to the
+workers, shows that they share a fabric; deeper trees of messages take longer too, but less."""
 
 
 @dataclass(frozen=True)
@@ -126,27 +128,28 @@ def fit_network(
         Seconds from commit to commit at a server whose model is next to nothing.
     commits, reductions : mapping of int to float
         Seconds from one round to the next in ASP and in BSP, by the number of workers that
-        commit without a pause: 1, for reductions 2, and all that there were.
+        commit without a pause: 1, 2 where there are so many, and others.
     """
     latency, bandwidth = _fit_line(link)
     node_latency, node_bandwidth = _fit_line(node)
     # Noise may leave nothing of a small model: what is left then counts as very fast.
     fastest = 100 * bandwidth
 
-    def rate(seconds: float, part: float = 1.0) -> float:
-        return part * model_bytes / max(seconds, part * model_bytes / fastest)
+    def rate(seconds: float) -> float:
+        return model_bytes / max(seconds, model_bytes / fastest)
 
-    most = max(commits)
     commit_rate = rate(commits[1] - overhead - 4 * latency)
-    if most > 1:
-        server_rate = rate(commits[most] / most - overhead)
+    periods = [seconds / workers - overhead for workers, seconds in commits.items() if workers > 1]
+    if periods:
+        # With two workers the server still idles while a commit is on its way.
+        server_rate = rate(statistics.fmean(periods[1:] or periods))
     else:
         server_rate = 1 / (1 / bandwidth + merge / model_bytes)
 
     def in_messages(workers: int) -> float:
         return reductions[workers] - workers * overhead - _steps(workers) * latency
 
-    exchange_rate = rate(in_messages(2) - in_messages(1), 1 / 2) if most > 1 else bandwidth
+    exchange_rate = rate(2 * (in_messages(2) - in_messages(1))) if 2 in reductions else bandwidth
     fitted = Network(
         latency=latency,
         bandwidth=bandwidth,
@@ -160,9 +163,15 @@ def fit_network(
         node_latency=node_latency,
         node_bandwidth=node_bandwidth,
     )
-    unshared = _reduction(fitted, model_bytes, most, 1)
-    if most > 2 and reductions[most] > _SLOWED_DOWN * unshared:
-        return replace(fitted, fabric_rate=rate(in_messages(most), most))
+    slowed = [
+        in_messages(workers) / workers
+        for workers, seconds in reductions.items()
+        if workers > 2
+        and seconds > _SLOWED_DOWN * _reduction(fitted, model_bytes, workers, 1)
+        and seconds > _ALMOST_LINEAR * reductions[2] * workers / 2
+    ]
+    if slowed:
+        return replace(fitted, fabric_rate=rate(statistics.fmean(slowed)))
     return fitted
 
 

@@ -35,7 +35,7 @@ from hpc_hdb.train.server import ParameterServer
 
 _TINY = 64
 """Floats of a model of which only the messages cost anything."""
-_REPEATS = 3
+_REPEATS = 2
 _PING_PONGS = 9
 _ROUNDS = 14
 _TINY_ROUNDS = 60
@@ -130,7 +130,7 @@ def time_rounds(
         Of each steady round; empty on all ranks but the first.
     """
     torch.set_num_threads(threads)  # a server that runs takes half of them
-    members = comm.Split(0 if comm.rank <= workers else MPI.UNDEFINED)
+    members = MPI.Intracomm(comm.Split(0 if comm.rank <= workers else MPI.UNDEFINED))
     commits: list[float] = []
     if comm.rank == SERVER:
         commits = _serve(members, size, sync, rounds)
@@ -216,8 +216,9 @@ def _measure(comm: MPI.Intracomm, nodes: list[int], size: int, threads: int) -> 
     transfers: list[list[list[float]]] = [[[] for _ in sizes] for _ in pairs]
     merge: list[float] = []
     tiny: list[float] = []
-    commits: dict[int, list[float]] = {1: [], most: []}
-    reductions: dict[int, list[float]] = {1: [], min(2, most): [], most: []}
+    counts = {min(1 << power, most) for power in range(most.bit_length() + 1)}
+    commits: dict[int, list[float]] = {workers: [] for workers in sorted(counts)}
+    reductions: dict[int, list[float]] = {workers: [] for workers in sorted(counts)}
     for _ in range(_REPEATS):
         for pair, times in zip(pairs, transfers, strict=True):
             for length, seconds in zip(sizes, times, strict=True):
@@ -226,10 +227,10 @@ def _measure(comm: MPI.Intracomm, nodes: list[int], size: int, threads: int) -> 
             merge += _time_merges(size, max(1, threads // 2))
         _rest(comm)
         tiny += time_rounds(comm, most, _TINY, "asp", _TINY_ROUNDS, 0.0, threads)
-        for workers, seconds in commits.items():
-            seconds += time_rounds(comm, workers, size, "asp", _ROUNDS, 0.0, threads)
-        for workers, seconds in reductions.items():
-            seconds += time_rounds(comm, workers, size, "bsp", _ROUNDS, 0.0, threads)
+        for workers in commits:
+            for sync, rounds in (("asp", commits), ("bsp", reductions)):
+                seconds = time_rounds(comm, workers, size, sync, _ROUNDS, 0.0, threads)
+                rounds[workers] += seconds
     if comm.rank != SERVER:
         return None
     median = statistics.median
