@@ -33,7 +33,8 @@ def scaling_tables(scalings: list[Scaling], sync: str) -> list[TextTable]:
         )  # fmt: skip
         if rows:
             title = f"{describe(scaling.topology)}: {_saturation(scaling, sync)}"
-            tables.append(TextTable(title, columns, rows))
+            note = "workers: all ranks that train" if scaling.topology.name == "grouped" else ""
+            tables.append(TextTable(title, columns, rows, note))
     return tables
 
 
