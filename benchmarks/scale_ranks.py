@@ -13,7 +13,7 @@ from hpc_hdb.cluster.mpi import world
 from hpc_hdb.config import load_settings
 from hpc_hdb.run.network_profile import model_floats, settle_rank, time_rounds
 
-ROUNDS = 20
+ROUNDS = 16
 
 
 def main() -> None:
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("config", help="whose model is committed")
     parser.add_argument("pauses", type=float, nargs="+", help="seconds between commits")
     parser.add_argument("--ranks", type=int, nargs="+", required=True, help="server included")
+    parser.add_argument("--modes", nargs="+", required=True, help="of asp, ssp and bsp")
     options = parser.parse_args()
     comm = world()
     settings = load_settings(options.config)
@@ -28,7 +29,7 @@ def main() -> None:
     rounds = []
     for pause in options.pauses:
         for ranks in options.ranks:
-            for sync in ("asp", "ssp", "bsp"):
+            for sync in options.modes:
                 times = time_rounds(comm, ranks - 1, size, sync, ROUNDS, pause, threads)
                 if times:
                     rounds.append((sync, ranks - 1, pause, statistics.median(times)))
