@@ -11,7 +11,8 @@ import statistics
 
 from hpc_hdb.cluster.mpi import world
 from hpc_hdb.config import load_settings
-from hpc_hdb.run.network_profile import model_floats, settle_rank, time_rounds
+from hpc_hdb.run.network_profile import model_floats, settle_rank
+from hpc_hdb.run.timed_rounds import time_rounds
 
 ROUNDS = 16
 

@@ -12,7 +12,7 @@ from hpc_hdb.cluster.launcher import check_mpi, find_launcher
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
-from hpc_hdb.plan.network import Topology
+from hpc_hdb.plan.topology import Topology
 from hpc_hdb.report.terminal import find_console
 
 DEFAULT_COUNTS = "4,16,64,256,1024,4096,16384"

@@ -15,12 +15,12 @@ from hpc_hdb.cluster.timing import time_commits
 from hpc_hdb.plan import BatchTime, cut_stages
 from hpc_hdb.plan.network import (
     Network,
-    Topology,
     all_reduce_seconds,
     commit_cost,
     fit_network,
     reduction_seconds,
 )
+from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.workload import Workload
 
 __all__ = ["hdb"]

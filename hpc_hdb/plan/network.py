@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from hpc_hdb.errors import UserError
+from hpc_hdb.plan.topology import Topology
 
 _SLOWED_DOWN, _ALMOST_LINEAR = 1.15, 0.6
 """A reduction so much slower than expected, and that part of one whose time is proportional to the
@@ -183,50 +184,6 @@ def _fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     slope = sum(w * size * max(t - latency, t / 10) for (size, t), w in moved)
     slope /= sum(w * size**2 for (size, _), w in zip(rest, weights, strict=True))
     return latency, 1 / slope
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Who commits to whom.
-
-    Parameters
-    ----------
-    name : str
-        "star", "sharded", "grouped" or "tree".
-    servers : int
-        ``k``; each holds a slice of the model.
-    ranks_per_worker : int
-        ``g``; they all-reduce their gradients after each step, and one of them commits.
-    fan_out : int
-        Most that commit to one server; 0 for all. Where there are more, servers commit to
-        servers: each one time for as many commits as it has members.
-    """
-
-    name: str
-    servers: int = 1
-    ranks_per_worker: int = 1
-    fan_out: int = 0
-
-    def levels(self, workers: int) -> list[int]:
-        """Numbers of those that commit, from the workers up to the members of the root.
-
-        >>> Topology("tree", fan_out=16).levels(1000)
-        [1000, 63, 4]
-        """
-        levels = [workers]
-        while self.fan_out and levels[-1] > self.fan_out:
-            levels.append(-(-levels[-1] // self.fan_out))
-        return levels
-
-    def server_ranks(self, workers: int) -> int:
-        """Ranks that serve instead of training."""
-        return self.servers + sum(self.levels(workers)[1:])
-
-    def most_members(self, workers: int) -> int:
-        """Members of the server that has the most."""
-        levels = self.levels(workers)
-        full = self.fan_out if len(levels) > 1 else 0
-        return max(full, levels[-1])
 
 
 @dataclass(frozen=True)

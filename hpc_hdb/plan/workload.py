@@ -10,7 +10,6 @@ from hpc_hdb.plan.batch_time import BatchTime
 from hpc_hdb.plan.dual_batch import Group
 from hpc_hdb.plan.network import (
     Network,
-    Topology,
     all_reduce_seconds,
     broadcast_seconds,
     commit_cost,
@@ -18,6 +17,7 @@ from hpc_hdb.plan.network import (
 )
 from hpc_hdb.plan.progressive import Stage
 from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.training import TrainingPlan, plan_training
 
 

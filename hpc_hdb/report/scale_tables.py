@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpc_hdb.plan.network import Network, Topology
+from hpc_hdb.plan.network import Network
+from hpc_hdb.plan.topology import Topology
 from hpc_hdb.report.tables import TextTable
 from hpc_hdb.report.units import format_count, format_number, format_seconds
 

@@ -12,7 +12,8 @@ import torch
 from hpc_hdb.cluster.timing import CommitTiming, time_commits
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import InfeasiblePlan, UserError
-from hpc_hdb.plan.network import Network, Topology
+from hpc_hdb.plan.network import Network
+from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.workload import Workload
 from hpc_hdb.run.build import make_model
 from hpc_hdb.run.planning import known_timing, stages_with_batches
