@@ -13,7 +13,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hpc_hdb.cluster.messages import OrderKind, Report, ReportKind
-from hpc_hdb.cluster.mpi import MpiServerLink, MpiWorkerLink, wait_until
+from hpc_hdb.cluster.mpi import MpiWorkerLink, wait_until
+from hpc_hdb.cluster.mpi_server import MpiServerLink
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.config import parse_settings
 from hpc_hdb.plan import BatchTime, plan_training
@@ -104,6 +105,7 @@ def _serve(comm: MPI.Intracomm, size: int, sync: str, rounds: int) -> list[float
         )
         _drive(server.run())
         log.close()
+    link.close()
     return commits
 
 
