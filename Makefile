@@ -53,6 +53,7 @@ lint: .venv/installed-test
 bench: .venv/installed-test
 	$(BIN)/python benchmarks/commit.py
 	$(BIN)/python benchmarks/servers.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/worker_overhead.py
 	$(BIN)/python benchmarks/batch_time.py
 	$(BIN)/python benchmarks/end_to_end.py

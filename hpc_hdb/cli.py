@@ -15,6 +15,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpc_hdb import __version__
+from hpc_hdb.cli_scale import (
+    DEFAULT_COUNTS,
+    Counts,
+    FanOut,
+    Jitter,
+    RanksPerWorker,
+    Samples,
+    Servers,
+    TimingAsJson,
+    TimingOnly,
+    measure,
+    refuse_timing_options,
+    show_timing,
+    topology_advice,
+)
 from hpc_hdb.cli_shards import pack, verify
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
 from hpc_hdb.config import Settings, load_settings, preset_names
@@ -73,12 +88,22 @@ def profile(
         int | None,
         typer.Option(min=2, help="Largest batch to try; by default the configured one, or 256."),
     ] = None,
+    network: Annotated[
+        bool,
+        typer.Option(
+            "--network", help="Under mpirun: measure the network instead, into network.json."
+        ),
+    ] = False,
 ) -> None:
     """Measure the time model and the largest batch of each resolution on this device."""
+    settings = load_settings(config, overrides or ())
+    if network:
+        measure(settings, output)
+        return
+
     from hpc_hdb.report.plan_tables import timing_table
     from hpc_hdb.run.profiling import profile_device
 
-    settings = load_settings(config, overrides or ())
     console = find_console()
     with console.status("measuring batch times ..."):
         timings = profile_device(settings, bound, output)
@@ -130,10 +155,12 @@ def plan(
             ],
         )
         solved = _plan_of(settings, workers, samples)
+        advice = topology_advice(settings, solved)
         if as_json:
-            print(json.dumps(solved.to_dict(), indent=2))
+            print(json.dumps(solved.to_dict() | {"topology": advice.values}, indent=2))
         else:
             console.print(plan_table(solved))
+            console.print(advice.line, highlight=False, soft_wrap=True)
         return
     missing = [name for name, value in figures.items() if value is None]
     if missing:
@@ -209,12 +236,30 @@ def train(config: MaybeConfig = None, overrides: Overrides = None, resume: Resum
 
 @app.command()
 def simulate(
-    config: MaybeConfig = None, overrides: Overrides = None, resume: Resume = None
+    context: typer.Context,
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    timing_only: TimingOnly = False,
+    workers: Counts = DEFAULT_COUNTS,
+    samples: Samples = None,
+    servers: Servers = 4,
+    ranks_per_worker: RanksPerWorker = 8,
+    fan_out: FanOut = 32,
+    jitter: Jitter = 0.05,
+    as_json: TimingAsJson = False,
 ) -> None:
     """Train on the virtual cluster: the same run in one process, timed by the time model."""
     launched = find_launcher()
     if launched is not None and launched.size > 1:
         raise UserError("hdb simulate is one process: start it without a launcher, or hdb train")
+    if timing_only:
+        if config is None or resume is not None:
+            raise UserError("--timing-only takes a CONFIG, and no --resume")
+        settings = load_settings(config, overrides or ())
+        show_timing(settings, workers, samples, servers, ranks_per_worker, fan_out, jitter, as_json)
+        return
+    refuse_timing_options(context)
     _train_virtually(config, overrides, resume, noted=False)
 
 

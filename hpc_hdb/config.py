@@ -65,6 +65,8 @@ class Plan(Section):
     """k: permitted epoch time relative to large batches alone."""
     timing: Path | Literal["profile"] | dict[str, tuple[float, float]] = "profile"
     """A timing.json, "profile" to measure at the start, or {resolution = [a, c]} in seconds."""
+    network: Path | None = None
+    """A network.json, for what topology is best; by default the one beside timing.json."""
 
 
 class Schedule(Section):

@@ -157,7 +157,8 @@ def test_a_plan_of_figures_is_shown_as_a_table(hdb: Terminal) -> None:
 
 def test_a_plan_of_a_configuration_has_the_documented_keys(hdb: Terminal, digits: Path) -> None:
     plan = hdb.json("plan", "digits", *sets(TIMING, f"data.path='{digits}'"))
-    stages, timing = plan.pop("stages"), plan.pop("timing")
+    stages, timing, topology = (plan.pop(key) for key in ("stages", "timing", "topology"))
+    assert topology["name"] == "star"
     assert plan == {
         "samples": 1437,
         "workers": 3,

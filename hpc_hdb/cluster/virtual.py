@@ -8,27 +8,20 @@ Communication takes no virtual time.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpc_hdb.cluster.clock import Clock, Suspend
 from hpc_hdb.cluster.messages import Instruction, Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices
 
 
-class _Suspend:
-    """Awaiting it hands control back to the cluster."""
-
-    def __await__(self) -> Generator[None, None, None]:
-        yield
-
-
-class VirtualCluster:
+class VirtualCluster(Clock):
     """One or more servers and `workers` workers on one clock; ranked in that order.
 
     Parameters
@@ -50,7 +43,7 @@ class VirtualCluster:
     def __init__(
         self, workers: int, slowness: Sequence[float] | None = None, servers: int = 1
     ) -> None:
-        self.time = 0.0
+        super().__init__()
         self.servers = servers
         self.server = VirtualServerLink(self, workers)
         self.followers = [VirtualFollowerLink(self, rank) for rank in range(1, servers)]
@@ -59,11 +52,6 @@ class VirtualCluster:
             VirtualWorkerLink(self, number, factor)
             for number, factor in enumerate(factors, start=1)
         ]
-        self._events: list[tuple[float, int]] = []
-
-    def wake(self, rank: int, delay: float = 0.0) -> None:
-        """Let `rank` run again after `delay` virtual seconds."""
-        heapq.heappush(self._events, (self.time + delay, rank))
 
     def run(
         self,
@@ -78,27 +66,7 @@ class VirtualCluster:
         RuntimeError
             If every rank waits for another.
         """
-        ranks: dict[int, Coroutine] = dict(enumerate([server, *followers, *workers]))
-        result = None
-        try:
-            for rank in ranks:
-                self.wake(rank)
-            while self._events:
-                self.time, rank = heapq.heappop(self._events)
-                if rank not in ranks:
-                    continue
-                try:
-                    ranks[rank].send(None)
-                except StopIteration as end:
-                    del ranks[rank]
-                    if rank == SERVER:
-                        result = end.value
-            if ranks:
-                raise RuntimeError(f"ranks {sorted(ranks)} wait for each other")
-        finally:
-            for coroutine in ranks.values():
-                coroutine.close()
-        return result
+        return self.run_ranks(dict(enumerate([server, *followers, *workers])))[SERVER]
 
 
 class VirtualWorkerLink:
@@ -118,7 +86,7 @@ class VirtualWorkerLink:
     async def elapse(self, predicted: float, measured: float) -> float:
         seconds = predicted * self._slowness
         self._wake(seconds)
-        await _Suspend()
+        await Suspend()
         return seconds
 
     def tell(self, report: Report) -> None:
@@ -167,7 +135,7 @@ class VirtualWorkerLink:
         self._to_push, self._to_pull = pushed, model.numel()
         self._cluster.server.deliver(self.rank, report)
         start = self._cluster.time
-        await _Suspend()
+        await Suspend()
         self.wait_seconds += self._cluster.time - start
         assert self._order is not None, f"worker {self.rank} was woken without an order"
         return self._order
@@ -257,7 +225,7 @@ class VirtualServerLink(_VirtualSliceLink):
 
     async def next_report(self, timeout: float) -> tuple[int, Report] | None:
         while not self._inbox:
-            await _Suspend()
+            await Suspend()
         return self._inbox.popleft()
 
     def order(self, worker: int, order: Order) -> None:
@@ -274,7 +242,7 @@ class VirtualServerLink(_VirtualSliceLink):
 
     async def collect(self, own: Tensor, out: Tensor) -> None:
         while len(self._handed_in) < self.servers - 1:
-            await _Suspend()
+            await Suspend()
         out[self._begin : self._begin + len(own)] = own
         for model, where in self._handed_in:
             out[where] = model
@@ -312,5 +280,5 @@ class VirtualFollowerLink(_VirtualSliceLink):
 
     async def _next(self) -> Tensor | Instruction:
         while not self._inbox:
-            await _Suspend()
+            await Suspend()
         return self._inbox.popleft()

@@ -89,7 +89,7 @@ def note_slow_loading(
 def make_trainer(settings: Settings, data: ImageSet, device: torch.device) -> Trainer:
     """A worker's trainer, its model initialised from the run's seed."""
     torch.manual_seed(settings.run.seed)
-    model = _make_model(settings, data, device)
+    model = make_model(settings, len(data.classes), device)
     train = settings.train
     augmentation = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
     loader = make_loader(data, settings.data, augmentation, device)
@@ -115,7 +115,7 @@ def make_evaluator(
     if classes is not None:
         check_classes(classes, data.classes)
     torch.manual_seed(settings.run.seed)
-    model = _make_model(settings, data, device)
+    model = make_model(settings, len(data.classes), device)
     return Evaluator(
         model,
         make_loader(data, settings.data, PLAIN, device),
@@ -134,10 +134,10 @@ def image_name(data: ImageSet, settings: Settings) -> Callable[[int], str]:
     return str
 
 
-def _make_model(settings: Settings, data: ImageSet, device: torch.device) -> nn.Module:
+def make_model(settings: Settings, classes: int, device: torch.device) -> nn.Module:
     """The model; a function of the user's that raises becomes a UserError which says where."""
     try:
-        return build_model(settings.model, len(data.classes)).to(device)
+        return build_model(settings.model, classes).to(device)
     except UserError:
         raise
     except Exception as error:
