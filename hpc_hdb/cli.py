@@ -153,10 +153,11 @@ def plan(
 
 
 def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> Any:
-    from hpc_hdb.run.planning import known_timing, make_plan
+    from hpc_hdb.run.planning import Crew, known_timing, make_plan
     from hpc_hdb.train.data import open_data
 
-    timing = known_timing(settings)
+    crew = Crew.of(settings, workers or settings.plan.workers)
+    timing = known_timing(settings, crew)
     if timing is None:
         raise UserError(
             'plan.timing = "profile" is measured when a run starts: for a plan beforehand '
@@ -164,7 +165,7 @@ def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> An
         )
     if samples is None:
         samples = len(open_data(settings.data, "train").labels)
-    return make_plan(settings, workers or settings.plan.workers, samples, timing)
+    return make_plan(settings, crew, samples, timing)
 
 
 @app.command()

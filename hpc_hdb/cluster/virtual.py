@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +21,32 @@ from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices
 
 
-class _Suspend:
+class Suspend:
     """Awaiting it hands control back to the cluster."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield
+
+
+class Cluster(Protocol):
+    """What the links need of the cluster that joins them."""
+
+    @property
+    def time(self) -> float: ...
+
+    @property
+    def servers(self) -> int: ...
+
+    @property
+    def server(self) -> VirtualServerLink: ...
+
+    @property
+    def followers(self) -> Sequence[VirtualFollowerLink]: ...
+
+    @property
+    def workers(self) -> Sequence[VirtualWorkerLink]: ...
+
+    def wake(self, rank: int, delay: float = 0.0) -> None: ...
 
 
 class VirtualCluster:
@@ -104,7 +125,7 @@ class VirtualCluster:
 class VirtualWorkerLink:
     """A worker's end of the link; see `hpc_hdb.cluster.link.WorkerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, number: int, slowness: float) -> None:
+    def __init__(self, cluster: Cluster, number: int, slowness: float) -> None:
         self.rank = number
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
@@ -118,7 +139,7 @@ class VirtualWorkerLink:
     async def elapse(self, predicted: float, measured: float) -> float:
         seconds = predicted * self._slowness
         self._wake(seconds)
-        await _Suspend()
+        await Suspend()
         return seconds
 
     def tell(self, report: Report) -> None:
@@ -167,7 +188,7 @@ class VirtualWorkerLink:
         self._to_push, self._to_pull = pushed, model.numel()
         self._cluster.server.deliver(self.rank, report)
         start = self._cluster.time
-        await _Suspend()
+        await Suspend()
         self.wait_seconds += self._cluster.time - start
         assert self._order is not None, f"worker {self.rank} was woken without an order"
         return self._order
@@ -189,7 +210,7 @@ class _VirtualSliceLink:
 
     parts: Sequence[slice] = ()
 
-    def __init__(self, cluster: VirtualCluster, rank: int) -> None:
+    def __init__(self, cluster: Cluster, rank: int) -> None:
         self._cluster = cluster
         self._rank = rank
         self._begin = 0
@@ -234,7 +255,7 @@ class _VirtualSliceLink:
 class VirtualServerLink(_VirtualSliceLink):
     """The root server's end of the link; see `hpc_hdb.cluster.link.ServerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, workers: int) -> None:
+    def __init__(self, cluster: Cluster, workers: int) -> None:
         super().__init__(cluster, SERVER)
         self.workers = workers
         self.servers = cluster.servers
@@ -257,7 +278,7 @@ class VirtualServerLink(_VirtualSliceLink):
 
     async def next_report(self, timeout: float) -> tuple[int, Report] | None:
         while not self._inbox:
-            await _Suspend()
+            await Suspend()
         return self._inbox.popleft()
 
     def order(self, worker: int, order: Order) -> None:
@@ -274,7 +295,7 @@ class VirtualServerLink(_VirtualSliceLink):
 
     async def collect(self, own: Tensor, out: Tensor) -> None:
         while len(self._handed_in) < self.servers - 1:
-            await _Suspend()
+            await Suspend()
         out[self._begin : self._begin + len(own)] = own
         for model, where in self._handed_in:
             out[where] = model
@@ -287,7 +308,7 @@ class VirtualServerLink(_VirtualSliceLink):
 class VirtualFollowerLink(_VirtualSliceLink):
     """Another server's end of the link; see `hpc_hdb.cluster.link.FollowerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, rank: int) -> None:
+    def __init__(self, cluster: Cluster, rank: int) -> None:
         super().__init__(cluster, rank)
         self._inbox: deque[Tensor | Instruction] = deque()
 
@@ -312,5 +333,5 @@ class VirtualFollowerLink(_VirtualSliceLink):
 
     async def _next(self) -> Tensor | Instruction:
         while not self._inbox:
-            await _Suspend()
+            await Suspend()
         return self._inbox.popleft()

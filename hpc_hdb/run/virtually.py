@@ -21,6 +21,7 @@ from hpc_hdb.run.build import (
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
+    Crew,
     check_resumed_data,
     fit_sweeps,
     known_timing,
@@ -53,8 +54,9 @@ def train_virtually(settings: Settings, name: str, resume: Path | None, progress
         For anything a user can mend.
     """
     if resume is None:
-        servers = settings.server.servers
-        check_roles(settings.plan.workers + servers, settings.plan.small_workers, servers)
+        if settings.server.sync != "allreduce":
+            servers = settings.server.servers
+            check_roles(settings.plan.workers + servers, settings.plan.small_workers, servers)
         folder = RunFolder.create(settings, name)
     else:
         folder, settings = RunFolder.reopen(resume)
@@ -73,19 +75,21 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     evaluator = make_evaluator(settings, place.device, data.classes)
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is None:
-        timing = known_timing(settings)
+        crew = Crew.of(settings, settings.plan.workers)
+        timing = known_timing(settings, crew)
         if timing is None:
-            sizes = sweeps(settings)
+            sizes = sweeps(settings, crew)
             progress.note("measuring batch times ...")
             timing = fit_sweeps(
                 sizes, time_sweeps(make_trainer(settings, data, place.device), sizes)
             )
-        plan = make_plan(settings, settings.plan.workers, len(data.labels), timing)
+        plan = make_plan(settings, crew, len(data.labels), timing)
     else:
         check_resumed_data(plan, len(data.labels))
-    cluster = VirtualCluster(plan.shares.workers, servers=settings.server.servers)
+    servers = max(1, settings.server.server_ranks)
+    cluster = VirtualCluster(plan.shares.workers, servers=servers)
     trainers = [make_trainer(settings, data, place.device) for _ in cluster.workers]
-    synchronous = settings.server.sync == "bsp"
+    synchronous = settings.server.synchronous
     keep = folder.checkpoints if settings.train.keep_momentum else None
 
     def drive(server: Coroutine[Any, Any, Tensor]) -> Tensor:
