@@ -153,11 +153,10 @@ def plan(
 
 
 def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> Any:
-    from hpc_hdb.run.planning import Crew, known_timing, make_plan
+    from hpc_hdb.run.planning import known_timing, make_plan
     from hpc_hdb.train.data import open_data
 
-    crew = Crew.of(settings, workers or settings.plan.workers)
-    timing = known_timing(settings, crew)
+    timing = known_timing(settings, workers)
     if timing is None:
         raise UserError(
             'plan.timing = "profile" is measured when a run starts: for a plan beforehand '
@@ -165,7 +164,7 @@ def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> An
         )
     if samples is None:
         samples = len(open_data(settings.data, "train").labels)
-    return make_plan(settings, crew, samples, timing)
+    return make_plan(settings, workers or settings.plan.workers, samples, timing)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from hpc_hdb.config import Data, Model, Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime
 from hpc_hdb.plan.rounds import rows_of
-from hpc_hdb.run.planning import Crew, known_timing, make_plan
+from hpc_hdb.run.planning import known_timing, make_plan
 from hpc_hdb.train.data import open_data
 from hpc_hdb.train.loader import make_loader
 from hpc_hdb.train.model import build_model, set_dropout, set_rows
@@ -112,10 +112,9 @@ def planned(workers: int, **server: object) -> tuple[int, int, int, float]:
             "server": server,
         }
     )
-    crew = Crew.of(settings, workers)
-    timing = known_timing(settings, crew)
+    timing = known_timing(settings, workers)
     assert timing is not None
-    plan = make_plan(settings, crew, 2400, timing)
+    plan = make_plan(settings, workers, 2400, timing)
     line: BatchTime = plan.timing[32]
     return plan.shares.workers, plan.ranks, plan.shares.large_batch, line.seconds_per_image
 

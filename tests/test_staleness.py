@@ -13,7 +13,7 @@ from programs.runs import PROGRAMS, leads
 from hpc_hdb.cluster.virtual import VirtualCluster
 from hpc_hdb.config import Settings, parse_settings
 from hpc_hdb.run.build import make_evaluator, make_trainer
-from hpc_hdb.run.planning import Crew, known_timing, make_plan
+from hpc_hdb.run.planning import known_timing, make_plan
 from hpc_hdb.train.checkpoint import load_checkpoint
 from hpc_hdb.train.data import open_data
 from hpc_hdb.train.server import Interrupted, ParameterServer
@@ -57,10 +57,9 @@ class Run:
         data = open_data(self.settings.data, "train")
         cpu = torch.device("cpu")
         evaluator = make_evaluator(self.settings, cpu, data.classes)
-        crew = Crew.of(self.settings, len(SLOWNESS))
-        timing = known_timing(self.settings, crew)
+        timing = known_timing(self.settings)
         assert timing is not None
-        plan = make_plan(self.settings, crew, len(data.labels), timing)
+        plan = make_plan(self.settings, len(SLOWNESS), len(data.labels), timing)
         cluster = VirtualCluster(len(SLOWNESS), SLOWNESS)
         server = ParameterServer(
             cluster.server,

@@ -22,7 +22,7 @@ from hpc_hdb.plan import BatchTime, TrainingPlan
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.run.build import Place, image_name, make_evaluator, make_trainer
 from hpc_hdb.run.folder import RunFolder, results_in
-from hpc_hdb.run.planning import Crew, check_resumed_data, fit_sweeps, make_plan, time_sweeps
+from hpc_hdb.run.planning import check_resumed_data, fit_sweeps, make_plan, time_sweeps
 from hpc_hdb.run.serve import serve
 from hpc_hdb.train.data import ImageSet
 from hpc_hdb.train.worker import run_worker
@@ -59,7 +59,7 @@ def lead(
         measured = time_sweeps(make_trainer(settings, data, place.device, group), sizes)
         timing = fit_sweeps(sizes, measured)
     if plan is None:
-        plan = make_plan(settings, Crew(1, comm.size), len(data.labels), timing or {})
+        plan = make_plan(settings, comm.size, len(data.labels), timing or {})
         folder.begin(settings, plan)
     else:
         check_resumed_data(plan, len(data.labels))

@@ -37,7 +37,6 @@ from hpc_hdb.run.build import (
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
-    Crew,
     check_resumed_data,
     fit_sweeps,
     known_timing,
@@ -88,10 +87,10 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
         check_resumed_ranks(plan, settings.server.server_ranks, comm.size, folder)
-    crew = _crew(comm.size, settings)
+    workers = _workers(comm.size, settings)
     prepare_data(settings.data)
-    timing = None if plan else known_timing(settings, crew)
-    sizes = {} if plan or timing else sweeps(settings, crew)
+    timing = None if plan else known_timing(settings, workers)
+    sizes = {} if plan or timing else sweeps(settings, workers)
     _broadcast_json(
         comm,
         {
@@ -116,7 +115,7 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
         progress.note("measuring batch times ...")
         timing = _measure(comm, sizes, comm.size - servers)
     if plan is None:
-        plan = make_plan(settings, crew, len(data.labels), timing or {})
+        plan = make_plan(settings, workers, len(data.labels), timing or {})
         folder.begin(settings, plan)
     else:
         check_resumed_data(plan, len(data.labels))
@@ -202,12 +201,15 @@ def _worker(
         group.close()
 
 
-def _crew(ranks: int, settings: Settings) -> Crew:
-    """Workers and ranks of each, by the number of ranks. Raises UserError if they do not divide."""
+def _workers(ranks: int, settings: Settings) -> int:
+    """How many workers so many ranks make; with all-reduce, the ranks that share a batch.
+
+    Raises UserError where they do not divide.
+    """
     server = settings.server
     if server.sync == "allreduce":
-        return Crew.of(settings, ranks)
-    return Crew.of(settings, count_workers(ranks, server.servers, server.ranks_per_worker))
+        return ranks
+    return count_workers(ranks, server.servers, server.ranks_per_worker)
 
 
 def check_resumed_ranks(plan: TrainingPlan, servers: int, ranks: int, folder: RunFolder) -> None:

@@ -25,40 +25,48 @@ class Crew(NamedTuple):
     ranks: int
 
     @classmethod
-    def of(cls, settings: Settings, workers: int) -> Crew:
-        """That of a run with so many workers; all-reduce makes them ranks of a single one."""
+    def of(cls, settings: Settings, workers: int | None) -> Crew:
+        """That of a run with so many workers, by default ``plan.workers``.
+
+        All-reduce makes them ranks of a single one.
+        """
+        workers = workers or settings.plan.workers
         if settings.server.sync == "allreduce":
             return cls(1, workers)
         return cls(workers, settings.server.ranks_per_worker)
 
 
-def known_timing(settings: Settings, crew: Crew) -> dict[int, BatchTime] | None:
+def known_timing(settings: Settings, workers: int | None = None) -> dict[int, BatchTime] | None:
     """The time model of the configuration or its timing file; None if it is to be measured.
 
     Both are of one rank; of those that share a batch each has only its part of the images.
+    `workers` is as in `Crew.of`.
     """
+    ranks = Crew.of(settings, workers).ranks
     if isinstance(settings.plan.timing, Path):
         known: dict[int, BatchTime] | None = read_timing(settings.plan.timing)[0]
     else:
         known = settings.inline_timing()
-    if known is None or crew.ranks == 1:
+    if known is None or ranks == 1:
         return known
     return {
-        side: replace(line, seconds_per_image=line.seconds_per_image / crew.ranks)
+        side: replace(line, seconds_per_image=line.seconds_per_image / ranks)
         for side, line in known.items()
     }
 
 
-def stages_with_batches(settings: Settings, crew: Crew) -> tuple[Stage, ...]:
+def stages_with_batches(settings: Settings, workers: int | None = None) -> tuple[Stage, ...]:
     """The schedule, its large batches from the timing file where the configuration has none.
 
     A configured batch is a worker's, and with all-reduce a rank's; a measured one a rank's.
+    `workers` is as in `Crew.of`.
     """
     stages = settings.schedule.stages()
-    ranks = crew.ranks if settings.server.sync == "allreduce" else 1
+    shared = Crew.of(settings, workers).ranks
+    ranks = shared if settings.server.sync == "allreduce" else 1
     batches = {stage.resolution: stage.large_batch for stage in stages}
     if not settings.schedule.large_batch and isinstance(settings.plan.timing, Path):
-        ranks = crew.ranks
+        ranks = shared
         batches |= read_timing(settings.plan.timing)[1]
     return tuple(
         replace(stage, large_batch=batch and batch * ranks)
@@ -67,9 +75,9 @@ def stages_with_batches(settings: Settings, crew: Crew) -> tuple[Stage, ...]:
 
 
 def make_plan(
-    settings: Settings, crew: Crew, samples: int, timing: Mapping[int, BatchTime]
+    settings: Settings, workers: int, samples: int, timing: Mapping[int, BatchTime]
 ) -> TrainingPlan:
-    """Solve the plan.
+    """Solve the plan; `workers` is as in `Crew.of`.
 
     Raises
     ------
@@ -77,8 +85,9 @@ def make_plan(
         If it is infeasible, or cuts shares into more commits than they have samples, or batches
         into more ranks than they have images.
     """
+    crew = Crew.of(settings, workers)
     plan = plan_training(
-        stages_with_batches(settings, crew),
+        stages_with_batches(settings, workers),
         timing,
         samples,
         crew.workers,
@@ -111,7 +120,7 @@ def check_resumed_data(plan: TrainingPlan, samples: int) -> None:
         )
 
 
-def sweeps(settings: Settings, crew: Crew) -> dict[int, list[int]]:
+def sweeps(settings: Settings, workers: int | None = None) -> dict[int, list[int]]:
     """Batch sizes to time at each resolution, for a run that measures as it starts.
 
     Raises
@@ -120,7 +129,7 @@ def sweeps(settings: Settings, crew: Crew) -> dict[int, list[int]]:
         If the configuration has no large batches.
     """
     sizes: dict[int, list[int]] = {}
-    for stage in stages_with_batches(settings, crew):
+    for stage in stages_with_batches(settings, workers):
         if stage.large_batch is None:
             raise UserError(
                 'schedule.large_batch is empty and plan.timing is "profile": set the largest '

@@ -21,7 +21,6 @@ from hpc_hdb.run.build import (
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
-    Crew,
     check_resumed_data,
     fit_sweeps,
     known_timing,
@@ -75,15 +74,14 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     evaluator = make_evaluator(settings, place.device, data.classes)
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is None:
-        crew = Crew.of(settings, settings.plan.workers)
-        timing = known_timing(settings, crew)
+        timing = known_timing(settings)
         if timing is None:
-            sizes = sweeps(settings, crew)
+            sizes = sweeps(settings)
             progress.note("measuring batch times ...")
             timing = fit_sweeps(
                 sizes, time_sweeps(make_trainer(settings, data, place.device), sizes)
             )
-        plan = make_plan(settings, crew, len(data.labels), timing)
+        plan = make_plan(settings, settings.plan.workers, len(data.labels), timing)
     else:
         check_resumed_data(plan, len(data.labels))
     servers = max(1, settings.server.server_ranks)
