@@ -183,7 +183,7 @@ def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> An
     from hpc_hdb.run.planning import known_timing, make_plan
     from hpc_hdb.train.data import open_data
 
-    timing = known_timing(settings)
+    timing = known_timing(settings, workers)
     if timing is None:
         raise UserError(
             'plan.timing = "profile" is measured when a run starts: for a plan beforehand '

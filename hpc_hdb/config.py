@@ -100,7 +100,8 @@ class Schedule(Section):
 class Server(Section):
     """How commits are merged."""
 
-    sync: Literal["asp", "bsp", "ssp"] = "asp"
+    sync: Literal["asp", "bsp", "ssp", "allreduce"] = "asp"
+    """"allreduce" is conventional training, all ranks together, without a parameter server."""
     merge: Literal["weighted", "compsac"] = "weighted"
     """ASP and SSP: (w + f*w_i)/(1 + f), or the COMPSAC paper's ((2 - f)*w + f*w_i)/2."""
     staleness: Annotated[int, Field(ge=0)] = 1
@@ -109,6 +110,23 @@ class Server(Section):
     """Commits of each worker in an epoch."""
     servers: Positive = 1
     """Ranks over which the global model is spread; the first ones."""
+    ranks_per_worker: Positive = 1
+    """Ranks (one GPU each) that share each batch of a worker; more than 1 needs Horovod."""
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether a round ends for all workers at once."""
+        return self.sync in ("bsp", "allreduce")
+
+    @property
+    def server_ranks(self) -> int:
+        """Ranks that serve instead of training."""
+        return 0 if self.sync == "allreduce" else self.servers
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks share a batch."""
+        return self.sync == "allreduce" or self.ranks_per_worker > 1
 
 
 class Train(Section):

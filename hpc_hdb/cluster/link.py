@@ -12,12 +12,14 @@ server is the root: it alone takes reports, decides, and instructs the others.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from hpc_hdb.cluster.messages import Instruction, Order, Report
+
+T = TypeVar("T")
 
 
 class WorkerLink(Protocol):
@@ -150,3 +152,12 @@ class FollowerLink(SliceLink, Protocol):
     def hand_in(self, model: Tensor) -> None:
         """Answer a COLLECT instruction, without waiting; `model` as in `send`."""
         ...
+
+
+def complete(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends: over MPI, awaited calls block."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("an MPI link has suspended")

@@ -24,6 +24,8 @@ class OrderKind(enum.IntEnum):
 
     TRAIN = 1
     STOP = 2
+    EVALUATE = 3
+    """Within a group: take part in the evaluation of the model that comes with it."""
 
 
 Self = TypeVar("Self", bound="_Record")

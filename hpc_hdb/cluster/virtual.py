@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,27 @@ from hpc_hdb.cluster.clock import Clock, Suspend
 from hpc_hdb.cluster.messages import Instruction, Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices
+
+
+class Cluster(Protocol):
+    """What the links need of the cluster that joins them."""
+
+    @property
+    def time(self) -> float: ...
+
+    @property
+    def servers(self) -> int: ...
+
+    @property
+    def server(self) -> VirtualServerLink: ...
+
+    @property
+    def followers(self) -> Sequence[VirtualFollowerLink]: ...
+
+    @property
+    def workers(self) -> Sequence[VirtualWorkerLink]: ...
+
+    def wake(self, rank: int, delay: float = 0.0) -> None: ...
 
 
 class VirtualCluster(Clock):
@@ -72,7 +93,7 @@ class VirtualCluster(Clock):
 class VirtualWorkerLink:
     """A worker's end of the link; see `hpc_hdb.cluster.link.WorkerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, number: int, slowness: float) -> None:
+    def __init__(self, cluster: Cluster, number: int, slowness: float) -> None:
         self.rank = number
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
@@ -157,7 +178,7 @@ class _VirtualSliceLink:
 
     parts: Sequence[slice] = ()
 
-    def __init__(self, cluster: VirtualCluster, rank: int) -> None:
+    def __init__(self, cluster: Cluster, rank: int) -> None:
         self._cluster = cluster
         self._rank = rank
         self._begin = 0
@@ -202,7 +223,7 @@ class _VirtualSliceLink:
 class VirtualServerLink(_VirtualSliceLink):
     """The root server's end of the link; see `hpc_hdb.cluster.link.ServerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, workers: int) -> None:
+    def __init__(self, cluster: Cluster, workers: int) -> None:
         super().__init__(cluster, SERVER)
         self.workers = workers
         self.servers = cluster.servers
@@ -255,7 +276,7 @@ class VirtualServerLink(_VirtualSliceLink):
 class VirtualFollowerLink(_VirtualSliceLink):
     """Another server's end of the link; see `hpc_hdb.cluster.link.FollowerLink`."""
 
-    def __init__(self, cluster: VirtualCluster, rank: int) -> None:
+    def __init__(self, cluster: Cluster, rank: int) -> None:
         super().__init__(cluster, rank)
         self._inbox: deque[Tensor | Instruction] = deque()
 

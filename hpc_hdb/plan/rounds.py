@@ -54,6 +54,17 @@ def split_evenly(samples: int, largest: int) -> list[int]:
     return [samples // steps + (position < samples % steps) for position in range(steps)]
 
 
+def rows_of(batch: int, rank: int, ranks: int) -> slice:
+    """The rows of a batch that `rank` of the `ranks` that share it trains: all within one.
+
+    >>> [rows_of(10, rank, 4) for rank in range(4)]
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None), slice(8, 10, None)]
+    """
+    share, rest = divmod(batch, ranks)
+    begin = rank * share + min(rank, rest)
+    return slice(begin, begin + share + (rank < rest))
+
+
 def epoch_bounds(plan: DualBatchPlan, samples: int) -> list[int]:
     """Where the epoch's permutation is cut into the workers' slots, large ones first.
 

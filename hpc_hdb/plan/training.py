@@ -24,13 +24,16 @@ class TrainingPlan:
     plans : tuple of DualBatchPlan
         One per stage. Shares and factor are the same in all of them.
     timing : dict of int to BatchTime
-        The time model by resolution.
+        A worker's time model by resolution.
+    ranks : int
+        Ranks that share the batches of each worker.
     """
 
     samples: int
     stages: tuple[Stage, ...]
     plans: tuple[DualBatchPlan, ...]
     timing: dict[int, BatchTime]
+    ranks: int = 1
 
     @property
     def shares(self) -> DualBatchPlan:
@@ -55,6 +58,7 @@ class TrainingPlan:
             "samples": self.samples,
             "workers": shares.workers,
             "small_workers": shares.small_workers,
+            "ranks_per_worker": self.ranks,
             "large_share": shares.large_share,
             "small_share": shares.small_share,
             "update_factor": shares.update_factor,
@@ -75,7 +79,8 @@ class TrainingPlan:
             for stage in values["stages"]
         ]
         samples, workers, small = (values[k] for k in ("samples", "workers", "small_workers"))
-        return plan_training(stages, timing, samples, workers, small, time_ratio)
+        plan = plan_training(stages, timing, samples, workers, small, time_ratio)
+        return replace(plan, ranks=values.get("ranks_per_worker", 1))
 
 
 def plan_training(

@@ -3,7 +3,8 @@
 Every event has ``event`` (its name) and ``time`` (seconds since training began, counted on
 through a resume). Events by name:
 
-- ``start``: ``mode``, ``sync``, ``servers``, ``workers``, ``small_workers``,
+- ``start``: ``mode``, ``sync``, ``servers`` (0 with all-reduce), ``workers``,
+  ``ranks_per_worker``, ``small_workers``,
   ``commits_per_epoch`` (of all workers), ``samples``, ``update_factor``, ``device``, ``threads``,
   ``versions``; again when resumed
 - ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``,

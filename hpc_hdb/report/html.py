@@ -116,11 +116,16 @@ def _about(run: Run) -> str:
     summary = run.summary
     small = summary["small_workers"]
     where = {"mpi": "over MPI", "virtual": "on the virtual clock"}.get(summary["mode"], "")
-    text = (
+    shared = summary["ranks_per_worker"]
+    who = (
         f"{format_count(summary['workers'] - small, 'large-batch worker')}, "
-        f"{format_count(small, 'small-batch worker')}, "
-        f"{str(summary['sync'] or '').upper()} {where}; {run.folder}"
+        f"{format_count(small, 'small-batch worker')}"
     )
+    if summary["sync"] == "allreduce":
+        who = format_count(shared, "rank")
+    elif shared > 1:
+        who += f", {shared} ranks each"
+    text = f"{who}, {str(summary['sync'] or '').upper()} {where}; {run.folder}"
     if summary["state"] != "finished":
         text += f"\nThis run is {summary['state']}: figures up to its last event."
     return f'<p class="about">{escape(text)}</p>\n'

@@ -80,8 +80,9 @@ class Progress:
         for worker in range(1, min(shares.workers, room) + 1):
             large = worker <= shares.large_workers
             share = shares.large_share if large else shares.small_share
+            who = "all ranks" if not servers else f"worker {worker}"
             self._workers[worker] = self._live.add_task(
-                f"  worker {worker}, {'large' if large else 'small'} batch",
+                f"  {who}, {'large' if large else 'small'} batch",
                 total=share / commits_per_epoch,
                 note="",
             )

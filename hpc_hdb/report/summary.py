@@ -29,8 +29,9 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         What a run folder's summary.json holds:
 
         - ``state`` ("finished", "interrupted", or "unfinished": going on, or killed), ``mode``,
-          ``sync``, ``servers``, ``workers``, ``small_workers``, ``commits``, ``epochs``,
-          ``images``, ``seconds``, ``images_per_second``, ``device``, ``versions``
+          ``sync``, ``servers``, ``workers``, ``small_workers``, ``ranks_per_worker``,
+          ``commits``, ``epochs``, ``images``, ``seconds``, ``images_per_second``, ``device``,
+          ``versions``
         - once evaluated: ``final_accuracy``, ``final_loss``, ``best_accuracy``, ``best_epoch``
         - where bad images were left out: ``left_out``, their names
         - ``stages``: see `_stages`
@@ -52,6 +53,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "servers": about["servers"],
         "workers": about["workers"],
         "small_workers": about["small_workers"],
+        "ranks_per_worker": about["ranks_per_worker"],
         "commits": done,
         "epochs": round(done / about["commits_per_epoch"], 3),
         "images": images,
@@ -75,6 +77,10 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     summary["stages"] = _stages(events, commits, rounds_per_epoch)
     workers = _workers(events, about["mode"] == "virtual")
     evaluating = sum(event["seconds"] for event in evaluations)
+    if not about["servers"] and about["mode"] != "virtual":
+        for worker in workers.values():  # all ranks evaluate, and time that as waiting
+            worker["evaluate"] = evaluating
+            worker["wait"] = max(0.0, worker["wait"] - evaluating)
     summary["roles"] = _roles(workers, about["servers"], evaluating)
     summary["overhead"] = _overhead(list(workers.values()))
     return summary
@@ -92,6 +98,7 @@ def run_facts(events: Sequence[Event]) -> Event:
         "versions": {},
         "workers": max(len(workers), 1),
         "small_workers": list(workers.values()).count("small"),
+        "ranks_per_worker": 1,
         "commits_per_epoch": max(len(workers), 1) * parts,
     }
     for event in events:
@@ -187,7 +194,9 @@ def _workers(events: Sequence[Event], virtual: bool) -> dict[int, dict[str, Any]
 def _roles(
     workers: dict[int, dict[str, Any]], servers: int, evaluating: float
 ) -> dict[str, dict[str, Any]]:
-    roles: dict[str, dict[str, Any]] = {"server": {"workers": servers, "evaluate": evaluating}}
+    roles: dict[str, dict[str, Any]] = {}
+    if servers:
+        roles["server"] = {"workers": servers, "evaluate": evaluating}
     for group in ("large", "small"):
         members = [worker for worker in workers.values() if worker["group"] == group]
         if members:

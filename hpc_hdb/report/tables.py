@@ -103,6 +103,10 @@ def plan_lines(plan: TrainingPlan, servers: int = 1) -> str:
     if shares.small_workers:
         small = format_count(shares.small_workers, "small-batch worker")
         ranks.append(f"{small} (update factor {shares.update_factor:.3f})")
+    if plan.ranks > 1:
+        ranks.append(f"{plan.ranks} ranks a worker")
+    if not servers:
+        ranks = [f"{format_count(plan.ranks, 'rank')} sharing each batch (all-reduce)"]
     epochs = format_count(plan.stages[-1].end_epoch, "epoch")
     return (
         f"{', '.join(ranks)}\n{epochs} of {format_count(plan.samples, 'image')}, "
@@ -159,7 +163,9 @@ def measured_table(summary: dict[str, Any]) -> TextTable:
 def role_table(summary: dict[str, Any]) -> TextTable:
     """Where the time of each role went, in seconds per rank."""
     roles = summary["roles"]
-    rows = [("ranks", *(str(role["workers"]) for role in roles.values()))]
+    shared = summary["ranks_per_worker"]
+    ranks = (r["workers"] * (1 if name == "server" else shared) for name, r in roles.items())
+    rows = [("ranks", *map(str, ranks))]
     for activity, name in ACTIVITY_NAMES.items():
         if activity == "other" and not any(shows_other(role) for role in roles.values()):
             continue
@@ -167,8 +173,10 @@ def role_table(summary: dict[str, Any]) -> TextTable:
         rows.append(("  of it loading" if activity == "data" else name, *cells))
     shares = (f"{role['overhead']:.1%}" if "overhead" in role else "-" for role in roles.values())
     rows.append(("not training", *shares))
-    first = "first " if roles["server"]["workers"] > 1 else ""
+    first = "first " if roles.get("server", {}).get("workers", 0) > 1 else ""
     note = f"the {first}server evaluates beside the training"
+    if "server" not in roles:
+        note = "all ranks evaluate together, between epochs"
     if summary["mode"] == "virtual":
         note = "on the virtual clock loading, rebuilding, saving and evaluating take no time"
     elif any(shows_other(role) for role in roles.values()):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,6 +21,9 @@ from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import make_loader, misses_dali
 from hpc_hdb.train.model import build_model
 from hpc_hdb.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from hpc_hdb.cluster.groups import RankGroup
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,41 @@ def note_slow_loading(
         )
 
 
-def make_trainer(settings: Settings, data: ImageSet, device: torch.device) -> Trainer:
-    """A worker's trainer, its model initialised from the run's seed."""
+def check_gpus(settings: Settings, ranks: int) -> None:
+    """Raise UserError where `ranks` of this node share batches, and not each has a GPU.
+
+    Ranks that share a batch over NCCL cannot share a GPU.
+    """
+    gpus = torch.cuda.device_count() if settings.train.device != "cpu" else 0
+    if ranks > gpus and (gpus or settings.train.device == "cuda"):
+        setting = f"server.ranks_per_worker = {settings.server.ranks_per_worker}"
+        if settings.server.sync == "allreduce":
+            setting = 'server.sync = "allreduce"'
+        raise UserError(
+            f"{socket.gethostname()} has {gpus} GPUs for {ranks} ranks that train, and {setting} "
+            "needs one for each: start fewer ranks on a node, ask for more GPUs, or set "
+            'train.device = "cpu"'
+        )
+
+
+def make_trainer(
+    settings: Settings, data: ImageSet, device: torch.device, group: RankGroup | None = None
+) -> Trainer:
+    """The trainer of a worker, or of one rank of its group; its model as the run's seed has it."""
     torch.manual_seed(settings.run.seed)
     model = make_model(settings, len(data.classes), device)
     train = settings.train
     augmentation = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
-    loader = make_loader(data, settings.data, augmentation, device)
-    return Trainer(model, loader, len(data.labels), settings.train, settings.run.seed)
+    rows = group.rows if group else None
+    loader = make_loader(data, settings.data, augmentation, device, rows)
+    return Trainer(model, loader, len(data.labels), settings.train, settings.run.seed, group)
 
 
 def make_evaluator(
-    settings: Settings, device: torch.device, classes: Sequence[str] | None = None
+    settings: Settings,
+    device: torch.device,
+    classes: Sequence[str] | None = None,
+    group: RankGroup | None = None,
 ) -> Evaluator:
     """The evaluator at the highest resolution, its model initialised from the run's seed.
 
@@ -105,6 +133,8 @@ def make_evaluator(
     ----------
     classes : sequence of str, optional
         Of the training images; those held out must be of the same.
+    group : RankGroup, optional
+        Ranks that evaluate together.
 
     Raises
     ------
@@ -123,6 +153,7 @@ def make_evaluator(
         settings.schedule.resolutions[-1],
         settings.run.evaluation_batch,
         image_name(data, settings),
+        group,
     )
 
 

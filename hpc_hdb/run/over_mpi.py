@@ -1,27 +1,34 @@
-"""A run over MPI: rank 0 serves, with further servers where there are any; the others work."""
+"""A run over MPI: rank 0 serves, with further servers where there are any; the others work.
+
+With all-reduce there is no server: all work together.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
+from hpc_hdb.cluster.group_links import LeaderLink, MemberLink
+from hpc_hdb.cluster.groups import RankGroup, split_workers
+from hpc_hdb.cluster.link import WorkerLink, complete
 from hpc_hdb.cluster.mpi import MpiWorkerLink, wait_until, world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
-from hpc_hdb.cluster.roles import SERVER, check_roles
+from hpc_hdb.cluster.roles import SERVER, check_roles, count_workers
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, TrainingPlan
 from hpc_hdb.report.progress import Progress
+from hpc_hdb.run.all_reduce import follow, lead
 from hpc_hdb.run.build import (
     Place,
+    check_gpus,
     choose_place,
     image_name,
     make_evaluator,
@@ -43,8 +50,6 @@ from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.worker import run_worker
 
-T = TypeVar("T")
-
 
 def train_over_mpi(settings: Settings, name: str, resume: Path | None, progress: Progress) -> int:
     """This rank's part of a run; parameters, result and errors as `train_virtually`."""
@@ -63,7 +68,11 @@ def _server(
     comm: MPI.Intracomm, settings: Settings, name: str, resume: Path | None, progress: Progress
 ) -> int:
     if resume is None:
-        check_roles(comm.size, settings.plan.small_workers, settings.server.servers)
+        server = settings.server
+        if server.sync != "allreduce":
+            check_roles(
+                comm.size, settings.plan.small_workers, server.servers, server.ranks_per_worker
+            )
         folder = RunFolder.create(settings, name)
     else:
         folder, settings = RunFolder.reopen(resume)
@@ -77,10 +86,11 @@ def _server(
 def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: Progress) -> int:
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
-        check_resumed_ranks(plan, settings.server.servers, comm.size, folder)
+        check_resumed_ranks(plan, settings.server.server_ranks, comm.size, folder)
+    workers = _workers(comm.size, settings)
     prepare_data(settings.data)
-    timing = None if plan else known_timing(settings)
-    sizes = {} if plan or timing else sweeps(settings)
+    timing = None if plan else known_timing(settings, workers)
+    sizes = {} if plan or timing else sweeps(settings, workers)
     _broadcast_json(
         comm,
         {
@@ -93,20 +103,26 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
     place.settle()
     data = open_data(settings.data, "train")
     note_slow_loading(data, settings, place.device, progress.note)
+    if settings.server.sync == "allreduce":
+        return lead(comm, settings, folder, progress, place, data, plan, timing, sizes)
+    servers = settings.server.servers
+    split = split_workers(comm, servers, settings.server.ranks_per_worker)
+    if split.spread:
+        spread = ", ".join(map(str, split.spread))
+        progress.note(f"workers whose ranks are on more than one node: {spread}")
     evaluator = make_evaluator(settings, place.device, data.classes)
     if sizes:
         progress.note("measuring batch times ...")
-        timing = _measure(comm, sizes, comm.size - settings.server.servers)
+        timing = _measure(comm, sizes, comm.size - servers)
     if plan is None:
-        workers = comm.size - settings.server.servers
         plan = make_plan(settings, workers, len(data.labels), timing or {})
         folder.begin(settings, plan)
     else:
         check_resumed_data(plan, len(data.labels))
-    link = MpiServerLink(comm, settings.server.servers)
+    link = MpiServerLink(split.links, servers)
     with results_in(folder.path):
         name = image_name(data, settings)
-        status = serve(settings, folder, plan, evaluator, link, progress, _drive, "mpi", name)
+        status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)
     if link.present:  # interrupted, and some worker has not come out of its step for long
         raise SystemExit(status)
     link.close()
@@ -121,7 +137,7 @@ def _follower_or_worker(comm: MPI.Intracomm) -> None:
     if not job:
         return
     settings = Settings.model_validate(job["settings"])
-    follows = comm.rank < settings.server.servers
+    follows = comm.rank < settings.server.server_ranks
     place = _place(comm, _on_cpu(settings) if follows else settings)
     sizes = {int(side): batches for side, batches in job["sweeps"].items()}
     if follows:
@@ -141,10 +157,12 @@ def _follower(
 ) -> None:
     """A server that is not the root: it keeps a slice of the model, and needs no data or GPU."""
     torch.set_num_threads(max(1, place.threads // 2))  # as the root
+    servers = settings.server.servers
+    split = split_workers(comm, servers, settings.server.ranks_per_worker)
     if sizes:
         comm.Reduce(np.zeros(sum(map(len, sizes.values()))), None, MPI.SUM, SERVER)
-    link = MpiFollowerLink(comm, settings.server.servers)
-    _drive(follow_root(link, MERGES[settings.server.merge]))
+    link = MpiFollowerLink(split.links, servers)
+    complete(follow_root(link, MERGES[settings.server.merge]))
     link.close()
 
 
@@ -157,20 +175,46 @@ def _worker(
 ) -> None:
     place.settle()
     data = open_data(settings.data, "train")
+    if settings.server.sync == "allreduce":
+        return follow(comm, settings, place, data, sizes)
+    servers, shared = settings.server.servers, settings.server.ranks_per_worker
+    split = split_workers(comm, servers, shared)
+    group = None
+    if split.group is not None:
+        group = RankGroup(split.group, place.device, f"server.ranks_per_worker = {shared}")
     if sizes:
-        seconds = time_sweeps(make_trainer(settings, data, place.device), sizes)
+        seconds = time_sweeps(make_trainer(settings, data, place.device, group), sizes)
         comm.Reduce(np.array(seconds), None, MPI.SUM, SERVER)
-    link = MpiWorkerLink(comm, settings.server.servers)
-    trainer = make_trainer(settings, data, place.device)
-    synchronous = settings.server.sync == "bsp"
-    keep = folder / "checkpoint" if settings.train.keep_momentum else None
+    link: WorkerLink
+    if group is None:
+        link = MpiWorkerLink(split.links, servers)
+    elif split.leads:
+        link = LeaderLink(MpiWorkerLink(split.links, servers), group)
+    else:
+        link = MemberLink(group)
+    trainer = make_trainer(settings, data, place.device, group)
+    keep = folder / "checkpoint" if settings.train.keep_momentum and split.leads else None
+    every = settings.run.checkpoint_every
     with results_in(folder):
-        _drive(run_worker(link, trainer, synchronous, keep, settings.run.checkpoint_every))
+        complete(run_worker(link, trainer, settings.server.synchronous, keep, every))
+    if group is not None:
+        group.close()
+
+
+def _workers(ranks: int, settings: Settings) -> int:
+    """How many workers so many ranks make; with all-reduce, the ranks that share a batch.
+
+    Raises UserError where they do not divide.
+    """
+    server = settings.server
+    if server.sync == "allreduce":
+        return ranks
+    return count_workers(ranks, server.servers, server.ranks_per_worker)
 
 
 def check_resumed_ranks(plan: TrainingPlan, servers: int, ranks: int, folder: RunFolder) -> None:
     """Raise UserError where an interrupted run is resumed with another number of ranks."""
-    before = plan.shares.workers + servers
+    before = plan.shares.workers * plan.ranks + servers
     if ranks != before:
         raise UserError(
             f"{folder.path} was started with {before} ranks: "
@@ -181,7 +225,7 @@ def check_resumed_ranks(plan: TrainingPlan, servers: int, ranks: int, folder: Ru
 def _place(comm: MPI.Intracomm, settings: Settings) -> Place:
     """Device and threads of this rank among those of its node."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    works = comm.rank >= settings.server.servers
+    works = comm.rank >= settings.server.server_ranks
     workers = np.array([works], dtype=np.int64)
     cores = np.array([hash(frozenset(os.sched_getaffinity(0)))], dtype=np.int64)
     all_workers = np.empty(node.size, dtype=np.int64)
@@ -190,6 +234,8 @@ def _place(comm: MPI.Intracomm, settings: Settings) -> Place:
     node.Allgather(cores, all_cores)
     local_rank = int(all_workers[: node.rank].sum()) if works else -1
     node.Free()
+    if settings.server.shared:
+        check_gpus(settings, int(all_workers.sum()))
     return choose_place(settings, local_rank, int(all_workers[all_cores == cores[0]].sum()))
 
 
@@ -218,12 +264,3 @@ def _agree_on_status(comm: MPI.Intracomm, status: int) -> int:
     box = np.array([status], dtype=np.int64)
     wait_until(comm.Ibcast(box, SERVER).Test)
     return int(box[0])
-
-
-def _drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends: over MPI, awaited calls block."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    raise RuntimeError("an MPI link has suspended")

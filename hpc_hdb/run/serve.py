@@ -47,7 +47,8 @@ def serve(
     drive : callable
         Runs the server's coroutine, and on the virtual clock the workers' beside it.
     mode : str
-        "mpi" or "virtual"; the latter evaluates and writes checkpoints within the loop.
+        "mpi" or "virtual"; the latter, and all-reduce, evaluate and write checkpoints within
+        the loop.
     image_name : callable
         Where a sample's training image is, to name bad ones.
 
@@ -79,7 +80,7 @@ def serve(
         folder.checkpoints,
         lambda: received[-1] if received else 0,
         image_name,
-        inline=mode == "virtual",
+        inline=mode == "virtual" or settings.server.sync == "allreduce",
     )
     log.emit("start", _about(settings, plan, mode, evaluator.parameters.flat.device))
     if folder.resumed:
@@ -87,7 +88,7 @@ def serve(
         log.emit("resume", {"commit": commits, "seconds": before})
     if checkpoint is not None:
         server.resume(checkpoint, _last_evaluated(folder))
-    progress.begin(plan, settings.server.commits_per_epoch, settings.server.servers)
+    progress.begin(plan, settings.server.commits_per_epoch, settings.server.server_ranks)
     try:
         model = drive(server.run())
     except Interrupted as interruption:
@@ -141,8 +142,9 @@ def _about(
     return {
         "mode": mode,
         "sync": settings.server.sync,
-        "servers": settings.server.servers,
+        "servers": settings.server.server_ranks,
         "workers": shares.workers,
+        "ranks_per_worker": plan.ranks,
         "small_workers": shares.small_workers,
         "commits_per_epoch": shares.workers * settings.server.commits_per_epoch,
         "samples": plan.samples,

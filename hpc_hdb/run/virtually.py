@@ -53,8 +53,9 @@ def train_virtually(settings: Settings, name: str, resume: Path | None, progress
         For anything a user can mend.
     """
     if resume is None:
-        servers = settings.server.servers
-        check_roles(settings.plan.workers + servers, settings.plan.small_workers, servers)
+        if settings.server.sync != "allreduce":
+            servers = settings.server.servers
+            check_roles(settings.plan.workers + servers, settings.plan.small_workers, servers)
         folder = RunFolder.create(settings, name)
     else:
         folder, settings = RunFolder.reopen(resume)
@@ -83,9 +84,10 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
         plan = make_plan(settings, settings.plan.workers, len(data.labels), timing)
     else:
         check_resumed_data(plan, len(data.labels))
-    cluster = VirtualCluster(plan.shares.workers, servers=settings.server.servers)
+    servers = max(1, settings.server.server_ranks)
+    cluster = VirtualCluster(plan.shares.workers, servers=servers)
     trainers = [make_trainer(settings, data, place.device) for _ in cluster.workers]
-    synchronous = settings.server.sync == "bsp"
+    synchronous = settings.server.synchronous
     keep = folder.checkpoints if settings.train.keep_momentum else None
 
     def drive(server: Coroutine[Any, Any, Tensor]) -> Tensor:

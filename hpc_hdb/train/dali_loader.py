@@ -19,7 +19,7 @@ from dali_pipelines.feed import Feed, Job
 from hpc_hdb.errors import BadImage, UserError
 from hpc_hdb.train.data import EncodedImages, ImageSet
 from hpc_hdb.train.decode import DecodeError, check_header, encode_blank
-from hpc_hdb.train.loader import draws_of
+from hpc_hdb.train.loader import Rows, cut_round
 
 _CPU = torch.device("cpu")
 _TRIAL_SIDE = 8
@@ -42,6 +42,8 @@ class DaliLoader:
         Where batches are made and given out.
     skip : bool
         Whether to leave bad images out.
+    rows : callable, optional
+        As in `hpc_hdb.train.loader.make_loader`.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class DaliLoader:
         augmentation: Augmentation = PLAIN,
         device: torch.device = _CPU,
         skip: bool = False,
+        rows: Rows | None = None,
     ) -> None:
         self.left_out: list[int] = []
+        self._rows = rows
         self._skip = skip
         self._bad: set[int] = set()
         self._checked = np.full(len(data.labels), data.verified)
@@ -67,6 +71,8 @@ class DaliLoader:
         self._idle: dict[int, Feed] = {}  # by resolution, the least recently used first
 
     def prepare(self, resolution: int, largest_batch: int) -> None:
+        if self._rows is not None:
+            largest_batch = max(1, len(range(largest_batch)[self._rows(largest_batch)]))
         feed = self._idle.pop(resolution, None)
         if feed is None or feed.largest_batch < largest_batch:
             feed = None  # its memory is free before another pipeline asks for its own
@@ -79,11 +85,11 @@ class DaliLoader:
         self, indices: np.ndarray, sizes: Sequence[int], resolution: int, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         self.prepare(resolution, max(sizes))
+        largest_batch = self._idle[resolution].largest_batch
         # A feed goes back only from a finished round: one that failed, or was abandoned with
         # batches under way, is freed together with this generator.
         feed = self._idle.pop(resolution)
-        chunks = np.split(indices, np.cumsum(sizes)[:-1])
-        draws = draws_of(self._augmentation, sizes, seed)
+        chunks, draws = cut_round(indices, sizes, self._augmentation, seed, self._rows)
         sides = [needed_sides(drawn.crops, resolution) for drawn in draws]
         work = list(zip(chunks, sides, draws, strict=True))
         masks: dict[int, np.ndarray] = {}
@@ -99,13 +105,13 @@ class DaliLoader:
                         raise problem from None
                 del feed  # after an error DALI's pipeline is of no more use
                 self._leave_out(self._undecodable(chosen, sides[position]))
-                feed = self._build(self._form, resolution, max(sizes))
+                feed = self._build(self._form, resolution, largest_batch)
                 feed.start(self._jobs(work, resolution, masks, position))
             if position == len(chunks) - 1:
                 feed.finish()
                 self._idle[resolution] = feed
             labels = self._labels[torch.from_numpy(chosen[masks.pop(position)])]
-            if len(labels):
+            if len(labels) or self._rows:
                 yield images, labels.to(self._device, non_blocking=True)
 
     def _build(self, form: Form, resolution: int, largest_batch: int) -> Feed:
@@ -150,7 +156,7 @@ class DaliLoader:
         if images:
             draws = draws.only(good)
         else:  # DALI wants something to decode; the labels tell that it is nothing
-            images, draws = [_NOTHING], draws.only(np.arange(1))
+            images, draws = [_NOTHING], PLAIN.draw(1, np.random.default_rng(0))
         return images, *self._augmentation.inputs(draws, resolution, images)
 
     def _image(self, index: int, side: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.parameters import FlatModel
+
+if TYPE_CHECKING:
+    from hpc_hdb.cluster.groups import RankGroup
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Evaluator:
         Images per forward pass.
     name : callable
         Where a sample's image is, to name bad ones.
+    group : RankGroup, optional
+        Ranks that evaluate together, each its part of the images.
     """
 
     def __init__(
@@ -64,8 +70,10 @@ class Evaluator:
         resolution: int,
         batch: int,
         name: Callable[[int], str] = str,
+        group: RankGroup | None = None,
     ) -> None:
         self._name = name
+        self._group = group
         self.parameters = FlatModel(model)
         self._loader = loader
         self._samples = samples
@@ -92,20 +100,27 @@ class Evaluator:
             Soon after `cancel`.
         """
         start = time.perf_counter()
+        if self._group is not None:
+            self._group.begin_evaluation(flat)
         self.parameters.flat.copy_(flat)
         model = self.parameters.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.parameters.flat.device)
-        sizes = split_evenly(self._samples, self._batch)
-        batches = self._loader.batches(np.arange(self._samples), sizes, self._resolution, 0)
-        samples = 0
+        totals = torch.zeros(3, dtype=torch.float64, device=self.parameters.flat.device)
+        own = np.arange(self._samples)
+        if self._group is not None:
+            own = own[self._group.rows(len(own))]
+        sizes = split_evenly(len(own), self._batch)
+        batches = self._loader.batches(own, sizes, self._resolution, 0) if len(own) else iter(())
         for images, labels in batches:
             if self._cancelled:
                 raise CancelledError
-            samples += len(labels)
             scores = model(images)
             loss = functional.cross_entropy(scores, labels, reduction="sum")
-            totals += torch.stack((loss, (scores.argmax(1) == labels).sum().to(loss.dtype)))
-        total_loss, correct = totals.tolist()
+            correct = (scores.argmax(1) == labels).sum().to(loss.dtype)
+            totals += torch.stack((loss, correct, torch.full_like(loss, len(labels))))
+        if self._group is not None:
+            totals = self._group.sum(totals)
+            self._loader.left_out = self._group.collect(self._loader.left_out)
+        total_loss, right, samples = totals.tolist()
         if not samples:
             raise UserError("all held-out images are bad: bring good ones")
-        return Evaluation(correct / samples, total_loss / samples, time.perf_counter() - start)
+        return Evaluation(right / samples, total_loss / samples, time.perf_counter() - start)

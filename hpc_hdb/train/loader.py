@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from typing import Protocol
 
@@ -22,6 +22,9 @@ from hpc_hdb.config import Data
 from hpc_hdb.errors import UserError
 from hpc_hdb.train.augment import normalise, transform
 from hpc_hdb.train.data import ImageSet
+
+Rows = Callable[[int], slice]
+"""Which rows of a batch of that size a rank loads, where several share it."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _CPU = torch.device("cpu")
@@ -72,9 +75,19 @@ class Loader(Protocol):
 
 
 def make_loader(
-    data: ImageSet, settings: Data, augmentation: Augmentation, device: torch.device
+    data: ImageSet,
+    settings: Data,
+    augmentation: Augmentation,
+    device: torch.device,
+    rows: Rows | None = None,
 ) -> Loader:
     """The loader of a data set; "auto" is DALI for image files that a GPU trains on.
+
+    Parameters
+    ----------
+    rows : callable, optional
+        Which rows of each batch to give; all by default. With it every batch is given, be it
+        empty, so that ranks keep step.
 
     Raises
     ------
@@ -92,8 +105,8 @@ def make_loader(
     if settings.loader == "dali" or preferred:
         from hpc_hdb.train.dali_loader import DaliLoader
 
-        return DaliLoader(data, settings.threads, augmentation, device, skip)
-    return TorchLoader(data, settings.threads, augmentation, device, skip)
+        return DaliLoader(data, settings.threads, augmentation, device, skip, rows)
+    return TorchLoader(data, settings.threads, augmentation, device, skip, rows)
 
 
 def misses_dali(data: ImageSet, settings: Data, device: torch.device) -> bool:
@@ -123,8 +136,10 @@ class TorchLoader:
         augmentation: Augmentation = PLAIN,
         device: torch.device = _CPU,
         skip: bool = False,
+        rows: Rows | None = None,
     ) -> None:
         self.left_out: list[int] = []
+        self._rows = rows
         self._augmentation = augmentation
         self._device = device
         self._requests: list[_Request] = []
@@ -147,8 +162,7 @@ class TorchLoader:
     def batches(
         self, indices: np.ndarray, sizes: Sequence[int], resolution: int, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        chunks = np.split(indices, np.cumsum(sizes)[:-1])
-        draws = draws_of(self._augmentation, sizes, seed)
+        chunks, draws = cut_round(indices, sizes, self._augmentation, seed, self._rows)
         crops = [drawn.crops if self._augmentation.crops else None for drawn in draws]
         self._requests[:] = [(*of, resolution) for of in zip(chunks, crops, strict=True)]
         for chunk, drawn, batch in zip(chunks, draws, self._loader, strict=True):
@@ -156,10 +170,11 @@ class TorchLoader:
                 raise batch
             images, labels, good = batch
             self.left_out += chunk[~good.numpy()].tolist()
+            images = images.to(self._device, non_blocking=True)
             if len(labels):
-                chosen = drawn.only(good.numpy())
-                pixels = self._finish(images.to(self._device, non_blocking=True), chosen)
-                yield pixels, labels.to(self._device, non_blocking=True)
+                images = self._finish(images, drawn.only(good.numpy()))
+            if len(labels) or self._rows:
+                yield images, labels.to(self._device, non_blocking=True)
 
     def _finish(self, images: Tensor, draws: Draws) -> Tensor:
         pixels = normalise(images)
@@ -176,6 +191,26 @@ def draws_of(augmentation: Augmentation, sizes: Sequence[int], seed: int) -> lis
         augmentation.draw(size, np.random.default_rng([seed, number]))
         for number, size in enumerate(sizes)
     ]
+
+
+def cut_round(
+    indices: np.ndarray,
+    sizes: Sequence[int],
+    augmentation: Augmentation,
+    seed: int,
+    rows: Rows | None = None,
+) -> tuple[list[np.ndarray], list[Draws]]:
+    """The samples of each batch of a round, and what is done to them.
+
+    Of the whole batches, or of a rank's rows: what is drawn for an image is the same.
+    """
+    chunks = np.split(indices, np.cumsum(sizes)[:-1])
+    draws = draws_of(augmentation, sizes, seed)
+    if rows is not None:
+        own = [np.arange(size)[rows(size)] for size in sizes]
+        chunks = [chunk[chosen] for chunk, chosen in zip(chunks, own, strict=True)]
+        draws = [drawn.only(chosen) for drawn, chosen in zip(draws, own, strict=True)]
+    return chunks, draws
 
 
 def _end_with_rank(_: int) -> None:
@@ -223,6 +258,9 @@ class _Batches(Dataset):
     def __getitem__(self, request: _Request) -> tuple[Tensor, ...] | UserError:
         """Images, labels, and a mask of the samples that are not left out."""
         indices, crops, resolution = request
+        if not len(indices):
+            nothing = torch.zeros(0, 3, resolution, resolution, dtype=torch.uint8)
+            return nothing, self._labels[:0], torch.zeros(0, dtype=torch.bool)
         try:
             images, good = self._data.load(indices, resolution, crops, self._skip)
         except UserError as error:

@@ -8,6 +8,7 @@ import inspect
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from hpc_hdb.config import Model
@@ -59,8 +60,27 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.p = probability
 
 
+def set_rows(model: nn.Module, batch: int, begin: int) -> None:
+    """Say which rows of a batch a model from `build_model` is given next: those from `begin` on.
+
+    Its dropout then draws for the whole batch, whichever of its rows come.
+    """
+    for module in model.modules():
+        if isinstance(module, ClassifierDropout):
+            module.batch, module.begin = batch, begin
+
+
 class ClassifierDropout(nn.Dropout):
     """The dropout whose probability follows the stage."""
+
+    batch = begin = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not (self.training and self.batch):
+            return super().forward(features)
+        ones = torch.ones((), dtype=features.dtype, device=features.device)
+        mask = super().forward(ones.expand(self.batch, *features.shape[1:]).contiguous())
+        return features * mask[self.begin : self.begin + len(features)]
 
 
 def _insert_dropout(model: nn.Module, name: str) -> None:

@@ -53,7 +53,7 @@ def measure_steps(
     times: list[list[float]] = [[] for _ in sizes]
     # The first step ever also sets up memory and kernels, so the second one gives the guess.
     guesses = [_timed_steps(trainer, resolution, size, 2)[1] for size in sizes]
-    counts = [max(1, round(seconds / repeats / guess)) for guess in guesses]
+    counts = [max(1, round(seconds / repeats / guess)) for guess in trainer.settle(guesses)]
     for _ in range(repeats):
         for size, count, spent in zip(sizes, counts, times, strict=True):
             spent += _timed_steps(trainer, resolution, size, 2 * count)[count:]
@@ -66,7 +66,7 @@ def _timed_steps(trainer: Trainer, resolution: int, size: int, count: int) -> li
     for _ in range(count):
         start = time.perf_counter()
         images, labels = next(batches)
-        trainer.step(images, labels)
+        trainer.step(images, labels, size)
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
         spent.append(time.perf_counter() - start)

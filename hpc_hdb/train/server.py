@@ -140,7 +140,7 @@ class ParameterServer:
                 await self._next_report(ReportKind.JOIN)
             await self._snapshots.evaluate_if_due()
             await self._send_rounds()
-            if self._settings.server.sync == "bsp":
+            if self._settings.server.synchronous:
                 await self._serve_bulk_synchronously()
             else:
                 await self._serve_asynchronously()
@@ -321,7 +321,7 @@ class ParameterServer:
             if item is not None:
                 worker, report = item
                 self._note(worker, report)
-                if report.kind == ReportKind.COMMIT and self._settings.server.sync != "bsp":
+                if report.kind == ReportKind.COMMIT and not self._settings.server.synchronous:
                     await self._model.drop(worker)
 
     def _group(self, worker: int) -> Group:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from hpc_hdb.config import Train
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
-from hpc_hdb.train.model import set_dropout
+from hpc_hdb.train.model import set_dropout, set_rows
 from hpc_hdb.train.parameters import FlatModel
+
+if TYPE_CHECKING:
+    from hpc_hdb.cluster.groups import RankGroup
 
 _PROGRESS_SECONDS = 0.5
 
@@ -44,8 +47,26 @@ def choose_precision(settings: Train, device: torch.device) -> torch.dtype:
     ]
 
 
+class Step(NamedTuple):
+    """What a step has done.
+
+    Attributes
+    ----------
+    totals : Tensor, shape (2,)
+        Sum of the loss over this rank's images, and the number of them classified right.
+    samples : int
+        Images of all ranks.
+    stopped : bool
+        Whether a rank wants the round to be given up.
+    """
+
+    totals: Tensor
+    samples: int
+    stopped: bool
+
+
 class Trainer:
-    """Model, optimizer and loader of one worker.
+    """Model, optimizer and loader of one worker, or of a rank among those that share its batches.
 
     Parameters
     ----------
@@ -58,10 +79,18 @@ class Trainer:
     settings : Train
     seed : int
         Of the run: order of samples, augmentation, dropout.
+    group : RankGroup, optional
+        The ranks that share the batches; `loader` gives this one's rows of them.
     """
 
     def __init__(
-        self, model: nn.Module, loader: Loader, samples: int, settings: Train, seed: int
+        self,
+        model: nn.Module,
+        loader: Loader,
+        samples: int,
+        settings: Train,
+        seed: int,
+        group: RankGroup | None = None,
     ) -> None:
         self.parameters = FlatModel(model)
         self.model = model
@@ -72,13 +101,16 @@ class Trainer:
         self._seed = seed
         self._dtype = choose_precision(settings, self.device)
         self._scaler = torch.amp.GradScaler(enabled=self._dtype == torch.float16)
-        self._optimizer = torch.optim.SGD(
+        self._group = group
+        self._optimizer: torch.optim.Optimizer = torch.optim.SGD(
             model.parameters(),
             lr=0.0,  # set by each round's order; profiling leaves the weights alone
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov and settings.momentum > 0,
         )
+        if group is not None:
+            self._optimizer = group.distribute(self._optimizer, model)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._resolution = 0
 
@@ -90,14 +122,14 @@ class Trainer:
         Parameters
         ----------
         interrupted : callable
-            Asked after every step; if it says so the round is given up.
+            Asked in every step; if it says so the round is given up after it.
         tell : callable
             Given a PROGRESS report now and then, and a LEFT_OUT report for each bad image.
 
         Returns
         -------
         Report or None
-            The COMMIT report; None when interrupted.
+            The COMMIT report, in which counts and loss are of all ranks; None when interrupted.
 
         Raises
         ------
@@ -117,11 +149,12 @@ class Trainer:
         start = reported = time.perf_counter()
         try:
             batches = _Timed(self._loader.batches(indices, sizes, order.resolution, seed))
-            for images, labels in batches:
-                totals += self.step(images, labels)
+            for (images, labels), size in zip(batches, sizes, strict=False):
+                step = self.step(images, labels, size, interrupted)
+                totals += step.totals
                 report.steps += 1
-                report.samples += len(labels)
-                if interrupted():
+                report.samples += step.samples
+                if step.stopped:
                     return None
                 if time.perf_counter() - reported > _PROGRESS_SECONDS:
                     reported = time.perf_counter()
@@ -131,8 +164,12 @@ class Trainer:
                 f"a batch of {order.batch} images at {order.resolution}x{order.resolution} does "
                 "not fit the GPU: lower schedule.large_batch, or find what fits with 'hdb profile'"
             ) from None
-        while self._loader.left_out:
-            tell(Report(ReportKind.LEFT_OUT, index=self._loader.left_out.pop(0)))
+        left_out, self._loader.left_out = self._loader.left_out, []
+        if self._group is not None:
+            self._end_shared_round(self._group)
+            totals, left_out = self._group.sum(totals), self._group.collect(left_out)
+        for sample in left_out:
+            tell(Report(ReportKind.LEFT_OUT, index=sample))
         report.loss, correct = totals.tolist()
         report.correct = int(correct)
         report.data_seconds = batches.seconds
@@ -147,31 +184,69 @@ class Trainer:
             )
         return report
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Step:
         """One step of SGD.
 
         Parameters
         ----------
         images : Tensor, shape (b, 3, r, r), float32
         labels : Tensor, shape (b,), int64
-
-        Returns
-        -------
-        Tensor, shape (2,)
-            Sum over the batch of the loss, and the number classified right.
+        batch : int
+            Size of the whole batch, of which ranks that share it are given b each.
+        interrupted : callable
+            Asked once whether the round is to be given up.
         """
         # Here rather than at the end: the gradients' memory then serves the activations.
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
+        if self._group is not None:
+            return self._shared_step(self._group, images, labels, batch, interrupted())
+        totals = self._backward(images, labels, 1.0)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return Step(totals, len(labels), interrupted())
+
+    def _shared_step(
+        self, group: RankGroup, images: Tensor, labels: Tensor, batch: int, stop: bool
+    ) -> Step:
+        """This rank's part of a step: its images count by their share of the whole batch."""
+        agreement = group.agree(len(labels), stop)
+        totals = torch.zeros(2, device=self.device)
+        if len(labels):
+            set_rows(self.model, batch, group.rows(batch).start)
+            totals = self._backward(images, labels, len(labels) / batch)
+        optimizer: Any = self._optimizer
+        optimizer.synchronize()
+        samples, stopped = agreement()
+        if samples:
+            if samples < batch:  # bad images were left out
+                for parameter in self.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad *= batch / samples
+            with optimizer.skip_synchronize():
+                self._scaler.step(optimizer)
+            self._scaler.update()
+        return Step(totals, samples, stopped)
+
+    def _backward(self, images: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Gradients of the mean loss times `weight`; sum of the loss, number classified right."""
         with self._autocast():
             scores = self.model(images)
             if not isinstance(scores, Tensor):
                 scores = scores.logits  # Inception and GoogLeNet also return auxiliary scores
             loss = functional.cross_entropy(scores, labels)
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        self._scaler.scale(loss * weight).backward()
         correct = (scores.argmax(1) == labels).sum()
         return torch.stack((loss.detach() * len(labels), correct.to(loss.dtype)))
+
+    def _end_shared_round(self, group: RankGroup) -> None:
+        """Average what the ranks have in their buffers: running statistics of their own rows."""
+        group.average_([b for b in self.model.buffers() if b.is_floating_point()])
 
     def state(self) -> dict:
         """What of this worker outlives a round and is not in the model's buffer."""
@@ -181,13 +256,24 @@ class Trainer:
             "buffers": self.parameters.integer_buffers(),
         }
 
-    def restore(self, state: dict) -> None:
-        """Go on from what `state` returned."""
+    def restore(self, state: dict | None) -> None:
+        """Go on from what `state` returned, or from what the leader of this group is given."""
+        if self._group is not None:
+            state = self._group.share_state(state)
+        if state is None:
+            return
         current = self._optimizer.state_dict()
         self._optimizer.load_state_dict(current | {"state": state["optimizer"]})
         self._scaler.load_state_dict(state["scaler"])
         for name, buffer in self.parameters.integer_buffers().items():
             buffer.copy_(state["buffers"][name])
+
+    def settle(self, values: list[float]) -> list[float]:
+        """Measurements on which all ranks that share the batches agree: their means."""
+        if self._group is None:
+            return values
+        total = self._group.sum(torch.tensor(values, dtype=torch.float64))
+        return (total / self._group.size).tolist()
 
     def sample_batches(
         self, resolution: int, sizes: Sequence[int], seed: int

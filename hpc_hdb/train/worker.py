@@ -28,16 +28,17 @@ async def run_worker(
         Commit in a reduction with all workers (BSP) instead of alone (ASP, SSP).
     checkpoints : Path or None
         Where the optimizer's state is kept before each commit, so that a resumed run goes on
-        with it; None keeps nothing.
+        with it; None keeps nothing, as where another rank of the worker does.
     checkpoint_every : int
         As in the settings: with how many of them.
     """
     model = trainer.parameters
     order = await link.join(model.wire)
-    if checkpoints is not None and order.worker_commits:
-        state = load_worker_state(checkpoints, link.rank, order.worker_commits, trainer.device)
-        if state is not None:
-            trainer.restore(state)
+    if order.worker_commits:
+        state = None
+        if checkpoints is not None:
+            state = load_worker_state(checkpoints, link.rank, order.worker_commits, trainer.device)
+        trainer.restore(state)
     while order.kind == OrderKind.TRAIN:
         model.from_wire()
         report = trainer.train_round(order, link.interrupted, link.tell)

@@ -48,6 +48,26 @@ class Watched(Tiny):
         return super().forward(images)
 
 
+class Plain(Watched):
+    """Without batch normalisation: each image's gradient is its own, whatever is beside it."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.norm = nn.Identity()
+
+
+class Recorded(Tiny):
+    """Appends its parameters, as each training step finds them, to ``$WATCH/RANK``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and "WATCH" in os.environ:
+            rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"]
+            values = torch.cat([value.detach().flatten() for value in self.parameters()])
+            with (Path(os.environ["WATCH"]) / rank).open("ab") as file:
+                file.write(values.numpy().tobytes())
+        return super().forward(images)
+
+
 def tiny(num_classes: int) -> nn.Module:
     return Tiny(num_classes)
 
@@ -58,3 +78,11 @@ def heavy(num_classes: int) -> nn.Module:
 
 def watched(num_classes: int) -> nn.Module:
     return Watched(num_classes)
+
+
+def plain(num_classes: int) -> nn.Module:
+    return Plain(num_classes)
+
+
+def recorded(num_classes: int) -> nn.Module:
+    return Recorded(num_classes)
