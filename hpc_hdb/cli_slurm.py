@@ -81,12 +81,14 @@ def slurm(
             help="The run folder; one that holds a run is gone on with.", rich_help_panel=_RUN
         ),
     ] = None,
-    shards: Annotated[
-        Path | None,
+    stage: Annotated[
+        bool,
         typer.Option(
-            help="Packed images to copy to each node's own disk first.", rich_help_panel=_RUN
+            "--stage",
+            help="Copy packed images to each node's own disk first.",
+            rich_help_panel=_RUN,
         ),
-    ] = None,
+    ] = False,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -156,7 +158,7 @@ def slurm(
         site.gpus_per_node,
         server_partition,
         run or (settings[0].run.output if len(configs) == 1 else None),
-        shards,
+        settings[0].data.path if stage else None,
         chain,
         Path.cwd(),
         {str(key): str(value) for key, value in site.options.items()} | _options(sbatch or ()),
@@ -222,13 +224,12 @@ def _check(job: Job, settings: Sequence[Settings]) -> None:
             f"--workers {job.workers}: {job.nodes} nodes of {job.gpus_per_node} GPUs have room for "
             f"{most}, one on each"
         )
-    if job.shards is not None:
-        for its in settings:
-            if its.data.source != "shards":
-                raise UserError(
-                    f"--shards {job.shards} goes with data.source = 'shards', not "
-                    f"'{its.data.source}': add --set data.source=shards --set data.path=..."
-                )
+    sources = {(its.data.source, its.data.path) for its in settings}
+    if job.shards is not None and sources != {("shards", job.shards)}:
+        raise UserError(
+            "--stage copies packed images, the same for all CONFIGs: pack them with hdb pack, "
+            "then --set data.source=shards --set data.path=..."
+        )
 
 
 def _time_line(
