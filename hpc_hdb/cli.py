@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpc_hdb import __version__
+from hpc_hdb.cli_doctor import doctor
 from hpc_hdb.cli_shards import pack, verify
 from hpc_hdb.cli_slurm import slurm
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
@@ -305,6 +306,7 @@ def report(
 app.command()(pack)
 app.command()(verify)
 app.command()(slurm)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -301,7 +301,7 @@ def _fill_in(
         lines.append(line)
     head = "\n".join(lines)
     for name, value in values.items():
-        assignment = re.compile(rf"^{name}=(?:\([^)]*\)|\S*)(?: +(#.*))?$", re.M)
+        assignment = re.compile(rf"^{name}=(?:\((?:.|\n)*?\)|\S*)(?: +(#.*))?$", re.M)
         assert assignment.search(head), f"{template}.sbatch has no {name}="
         head = assignment.sub(partial(_assign, name, value), head, count=1)
     environment = "".join(f"{line}\n" for line in _environment(site))
