@@ -73,6 +73,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self._own_hostnames = _may_set_hostname()
         self._daemons: dict[str, subprocess.Popen] = {}
         self.environment = environment() | {"PATH": _path(), "SLURM_CONF": f"{folder}/slurm.conf"}
 
@@ -98,7 +99,11 @@ class Cluster:
             raise AssertionError(f"{error}\n{self.logs()}") from None
 
     def start_node(self, name: str) -> None:
-        self._start("slurmd", "-D", "-N", name, called=name)
+        """Start a node's daemon; what it starts sees the node's hostname, where this may set it."""
+        words = "slurmd", "-D", "-N", name
+        if self._own_hostnames:
+            words = "unshare", "--uts", "sh", "-c", f"hostname {name} && exec {' '.join(words)}"
+        self._start(*words, called=name)
 
     def lose_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon, and all that it has started."""
@@ -173,8 +178,8 @@ class Cluster:
         ports = _free_ports(1 + len(self.nodes))
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} "
-            f"RealMemory=4096 Gres=gpu:{GPUS} State=UNKNOWN"
+            f"NodeName={name} NodeHostname={name if self._own_hostnames else host} "
+            f"NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=4096 Gres=gpu:{GPUS}"
             for name, port in zip(self.nodes, ports[1:], strict=True)
         ]
         text = _CONFIGURATION.format(
@@ -238,6 +243,15 @@ def wait_until(happened: Callable[[], object], seconds: float, what: str) -> Non
 def _path() -> str:
     """Where daemons are too: /usr/sbin is not on everybody's PATH."""
     return f"{environment()['PATH']}:/usr/sbin:/sbin"
+
+
+def _may_set_hostname() -> bool:
+    """Whether a process can be given a hostname of its own."""
+    words = ["unshare", "--uts", "hostname", "n1"]
+    try:
+        return not subprocess.run(words, capture_output=True, check=False).returncode
+    except FileNotFoundError:
+        return False
 
 
 def _free_ports(count: int) -> list[int]:
