@@ -21,6 +21,8 @@ CPUS = 4
 GPUS = 2
 """Of each node, as far as Slurm is told: no program looks for them."""
 
+_APART = ("unshare", "--uts", "--mount")
+
 _CONFIGURATION = """
 ClusterName=hdb
 SlurmctldHost={host}(127.0.0.1)
@@ -43,14 +45,14 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=5
 KillWait=8
 MailProg=/bin/true
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1
 PartitionName=urgent Nodes=ALL PriorityTier=9
 """
 
@@ -73,7 +75,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
-        self._own_hostnames = _may_set_hostname()
+        self.apart = _may_be_apart()
         self._daemons: dict[str, subprocess.Popen] = {}
         self.environment = environment() | {"PATH": _path(), "SLURM_CONF": f"{folder}/slurm.conf"}
 
@@ -99,11 +101,25 @@ class Cluster:
             raise AssertionError(f"{error}\n{self.logs()}") from None
 
     def start_node(self, name: str) -> None:
-        """Start a node's daemon; what it starts sees the node's hostname, where this may set it."""
-        words = "slurmd", "-D", "-N", name
-        if self._own_hostnames:
-            words = "unshare", "--uts", "sh", "-c", f"hostname {name} && exec {' '.join(words)}"
+        """Start a node's daemon.
+
+        Where this machine lets us, all that it starts sees the node's own hostname, and in
+        `local` the node's own disk.
+        """
+        words = ["slurmd", "-D", "-N", name]
+        if self.apart:
+            disk = f"mount --bind {self.disk(name)} {self.local}"
+            words = [*_APART, "sh", "-c", f"hostname {name} && {disk} && exec {' '.join(words)}"]
         self._start(*words, called=name)
+
+    @property
+    def local(self) -> Path:
+        """Where a node finds its disk."""
+        return self.folder / "local"
+
+    def disk(self, node: str) -> Path:
+        """Where that disk is seen from outside."""
+        return self.folder / f"disk-{node}"
 
     def lose_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon, and all that it has started."""
@@ -178,7 +194,7 @@ class Cluster:
         ports = _free_ports(1 + len(self.nodes))
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            f"NodeName={name} NodeHostname={name if self._own_hostnames else host} "
+            f"NodeName={name} NodeHostname={name if self.apart else host} "
             f"NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=4096 Gres=gpu:{GPUS}"
             for name, port in zip(self.nodes, ports[1:], strict=True)
         ]
@@ -189,7 +205,8 @@ class Cluster:
             controller=ports[0],
             nodes="\n".join(nodes),
         )
-        (self.folder / "state").mkdir()
+        for path in (self.folder / "state", self.local, *map(self.disk, self.nodes)):
+            path.mkdir()
         (self.folder / "slurm.conf").write_text(text)
         for number in range(GPUS):  # stands for /dev/nvidia0, ...
             (self.folder / f"gpu{number}").touch()
@@ -245,9 +262,9 @@ def _path() -> str:
     return f"{environment()['PATH']}:/usr/sbin:/sbin"
 
 
-def _may_set_hostname() -> bool:
-    """Whether a process can be given a hostname of its own."""
-    words = ["unshare", "--uts", "hostname", "n1"]
+def _may_be_apart() -> bool:
+    """Whether a process can be given a hostname and mounts of its own."""
+    words = [*_APART, "sh", "-c", "hostname n1 && mount --bind /tmp /tmp"]
     try:
         return not subprocess.run(words, capture_output=True, check=False).returncode
     except FileNotFoundError:

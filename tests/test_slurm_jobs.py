@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import events, succeed
 from endings import sets
+from PIL import Image
 from programs.runs import PROGRAMS, assert_same_bits, final_model
 from slurm_cluster import Cluster, missing, running, wait_until
 from typer.testing import CliRunner
@@ -113,9 +114,19 @@ class Submitted:
         wait_until(lambda: self.commits() > before + 4, seconds, f"commits of job {self.number}")
 
 
+def write_images(folder: Path) -> None:
+    """Two classes of grey squares: as many for training as the synthetic ones are, and a few."""
+    for split, count in (("train", SAMPLES // 2), ("val", 8)):
+        for number in range(count):
+            for shade, name in ((60, "dark"), (190, "light")):
+                path = folder / split / name / f"{number}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 16), (shade + number % 30,) * 3).save(path)
+
+
 def out(folder: Path) -> list[str]:
-    both = [f"--sbatch={name}={folder}/%j.out" for name in ("output", "error")]
-    return [*both]
+    """Options for both outputs of a job to go there."""
+    return [f"--sbatch={name}={folder}/%j.out" for name in ("output", "error")]
 
 
 def assert_one_run(run: Path, workers: int, epochs: int) -> None:
@@ -132,33 +143,65 @@ def struck(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit
     """A run that its time limit strikes, while the other tests go on."""
     folder = tmp_path_factory.mktemp("struck")
     job = Submitted(
-        cluster, folder, "digits", *LONG, "--nodes", "2", "--time", "1", SLOW="1", SLOW_LIVES="1"
+        cluster,
+        folder,
+        "digits",
+        *LONG,
+        "--nodes",
+        "2",
+        "--time",
+        "1",
+        "--sbatch",
+        "nodelist=n1,n2",
+        SLOW="1",
+        SLOW_LIVES="1",
     )
     job.wait_for_life(1)
     return job
 
 
 def test_a_server_and_three_workers_on_two_nodes(
-    struck: Submitted, cluster: Cluster, digits: Path, tmp_path: Path
+    struck: Submitted, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """By the installed command; ranks are bound to cores of their own."""
+    """Ranks are bound to cores of their own, and read packed images from their nodes' disks."""
+    if not cluster.apart:
+        pytest.skip("nodes cannot have disks of their own here (root may give them)")
+    write_images(tmp_path / "images")
+    succeed("hdb", "pack", tmp_path / "images", tmp_path / "packed images")
     watch = tmp_path / "watch"
     watch.mkdir()
     site = tmp_path / "site.toml"
-    site.write_text(SITE.replace("bind = false", "bind = true"))
-    words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=3"), "--nodes", "2"]
-    job = Submitted(cluster, tmp_path, *words, HDB_SITE=str(site), WATCH=str(watch))
+    scratch = f'scratch = "{cluster.local}"\n'
+    site.write_text(SITE.replace("bind = false", "bind = true") + scratch)
+    data = ["data.source=shards", f"data.path={tmp_path}/packed images"]
+    words = [
+        *SHORT,
+        *sets("schedule.epochs=2", "plan.workers=3", *data),
+        "--nodes",
+        "2",
+        "--stage",
+        "--sbatch",
+        "nodelist=n3,n4",
+    ]
+    job = Submitted(cluster, tmp_path, "digits", *words, HDB_SITE=str(site), WATCH=str(watch))
     assert "│ 1    │ 0 to 1 │ rank 0 │       1 │" in job.shown
     assert "│ 2    │ 2 to 3 │      - │       2 │" in job.shown
     assert "the limit of 10 min 00 s is enough" in job.shown
-    job.wait("COMPLETED")
+    nodes = ("n3", "n4")
+    copies = [cluster.disk(node) / f"hdb-{job.number}/train" for node in nodes]
+    wait_until(lambda: all(copy.exists() for copy in copies), 60, "copies on both nodes")
+    assert job.wait("COMPLETED")["NodeList"] == "n[3-4]"
     assert_one_run(job.run, workers=3, epochs=2)
+    assert not any(list(cluster.disk(node).iterdir()) for node in nodes), "copies are left"
+    assert f'path = "{tmp_path}/packed images"' in (job.run / "config.toml").read_text()
     steps = {rank: json.loads((watch / rank).read_text().splitlines()[0]) for rank in "123"}
     assert [len(steps[rank]["cores"]) for rank in "123"] == [1, 1, 1]
     assert steps["2"]["cores"] != steps["3"]["cores"]
 
 
 def test_a_heterogeneous_job(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    if not cluster.apart:
+        pytest.skip("nodes cannot have hostnames of their own here (root may give them)")
     words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=2")]
     job = Submitted(
         cluster, tmp_path, *words, "--server-partition", "urgent", "--nodes", "1",
