@@ -47,12 +47,12 @@ demo: install
 .venv/installed-slurm: | .venv/bin/python
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing Slurm and Lmod for the tests ..."; \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -qq --yes --no-install-recommends slurm-wlm munge lmod >/dev/null; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes \
+			--no-install-recommends slurm-wlm munge lmod >/dev/null && touch $@ \
+			|| echo "apt did not install them: their tests will be skipped"; \
 	else \
 		echo "not root, or no apt: tests of Slurm and modulefiles run where both are installed"; \
 	fi
-	@touch $@
 
 test: .venv/installed-test .venv/installed-slurm
 	$(BIN)/python -m pytest

@@ -13,6 +13,7 @@ from test_command_line import Terminal
 
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.layout import lay_out
+from hpc_hdb.run.site import Site, load_site
 from hpc_hdb.run.slurm import limit_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +184,17 @@ def test_the_site_file_gives_defaults_and_the_command_line_wins(
     assert "#SBATCH --qos=long\n" in written(hdb, "cifar10")
 
 
+def test_the_documented_site_file_has_every_key(
+    hdb: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.S)
+    Path("site.toml").write_text(text)
+    monkeypatch.setenv("HDB_SITE", "site.toml")
+    site = load_site()
+    assert site.model_fields_set == set(Site.model_fields)
+    written(hdb, "cifar10")
+
+
 def test_packed_images_are_staged(hdb: Terminal) -> None:
     words = sets("data.source=shards", "data.path=/scratch/my images")
     script = written(hdb, "imagenet", "--stage", "--gpus-per-node", "4", *words)
@@ -270,6 +282,10 @@ def test_time_limits_are_those_of_slurm() -> None:
         (["digits", "--set", "plan.timing=gone.json"], "no timing file gone.json"),
         (["digits", "--output", "gone/job.sbatch"], "cannot write gone/job.sbatch"),
         (["digits", "--submit"], "no sbatch here: submit digits.sbatch on a login node"),
+        (
+            ["digits", "--nodes", "2", "--server-partition", "cpu", "--launcher", "srun"],
+            "3 do not fit 2 nodes",
+        ),
         (["gone.toml"], "no configuration file gone.toml"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

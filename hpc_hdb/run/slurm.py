@@ -116,6 +116,11 @@ def training_script(job: Job, site: Site) -> str:
     apart = job.server_partition is not None
     array = len(job.configs) > 1
     launcher = find_job_launcher(site.launcher)
+    if apart and launcher.kind == "srun" and job.workers % job.nodes:
+        raise UserError(
+            f"srun puts as many workers on each node of a heterogeneous job: {job.workers} do not "
+            f"fit {job.nodes} nodes"
+        )
     workers_nodes = job.layout[1:] if apart else job.layout
     everywhere = {"account": site.account, "qos": site.qos, "time": site.time}
     workers = {
