@@ -57,7 +57,7 @@ def slurm(
         str | None,
         typer.Option(
             metavar="PARTITION",
-            help="Put the server on a node of its own there (a heterogeneous job).",
+            help="Put each server on a node of its own there (a heterogeneous job).",
             rich_help_panel=_JOB,
         ),
     ] = None,
@@ -154,6 +154,7 @@ def slurm(
         overrides or (),
         job_name,
         workers or nodes * site.gpus_per_node or settings[0].plan.workers,
+        settings[0].server.servers,
         nodes,
         site.gpus_per_node,
         server_partition,
@@ -217,7 +218,9 @@ def _options(typed: Sequence[str]) -> dict[str, str]:
 def _check(job: Job, settings: Sequence[Settings]) -> None:
     """Raise UserError for what would end the job as it starts."""
     for its in settings:
-        check_roles(job.workers + 1, its.plan.small_workers)
+        if its.server.servers != job.servers:
+            raise UserError("the CONFIGs of a job array must have the same server.servers")
+        check_roles(job.workers + job.servers, its.plan.small_workers, job.servers)
     most = job.nodes * job.gpus_per_node
     if most and job.workers > most:
         raise UserError(

@@ -54,9 +54,10 @@ def evaluated(script: str, *names: str) -> list[str]:
     environment = {
         "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1",
         "SLURM_CPUS_PER_TASK": "8", "SLURM_CPUS_PER_TASK_HET_GROUP_1": "8", "PATH": "/usr/bin:/bin",
-        "SLURM_JOB_NODELIST_HET_GROUP_0": "n0", "HOME": "/home/me", "LC_ALL": "C.UTF-8",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n0", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[1-2]",
+        "HOME": "/home/me", "LC_ALL": "C.UTF-8",
     }  # fmt: skip
-    text = "\n".join(["nodes=(n1 n2)", *kept, *shown])
+    text = "\n".join(["scontrol() { echo n0; }", "nodes=(n1 n2)", *kept, *shown])
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [part.strip("\n") for part in done.stdout.split("----\n")[: len(names)]]
@@ -215,22 +216,32 @@ def test_a_script_is_not_overwritten(hdb: Terminal) -> None:
 def test_the_layout_puts_the_server_on_the_first_node() -> None:
     assert [(n.first, n.last, n.workers) for n in lay_out(3, 2)] == [(0, 1, 1), (2, 3, 2)]
     assert [(n.first, n.last, n.workers) for n in lay_out(8, 2)] == [(0, 4, 4), (5, 8, 4)]
-    apart = lay_out(4, 2, server_apart=True)
+    apart = lay_out(4, 2, servers_apart=True)
     assert [(n.first, n.last, n.workers) for n in apart] == [(0, 0, 0), (1, 2, 2), (3, 4, 2)]
+    assert [(n.first, n.last, n.workers) for n in lay_out(3, 2, 2)] == [(0, 2, 1), (3, 4, 2)]
+    two = lay_out(3, 1, 2, servers_apart=True)
+    assert [(n.first, n.last, n.workers) for n in two] == [(0, 0, 0), (1, 1, 0), (2, 4, 3)]
 
 
-@pytest.mark.parametrize(("workers", "nodes"), [(3, 2), (8, 2), (5, 3), (7, 7), (64, 16)])
-def test_the_script_spreads_ranks_as_is_shown(hdb: Terminal, workers: int, nodes: int) -> None:
-    script = written(hdb, "digits", "--nodes", str(nodes), "--workers", str(workers))
+@pytest.mark.parametrize(
+    ("workers", "nodes", "servers"), [(3, 2, 1), (8, 2, 2), (5, 3, 1), (7, 7, 3), (64, 16, 1)]
+)
+def test_the_script_spreads_ranks_as_is_shown(
+    hdb: Terminal, workers: int, nodes: int, servers: int
+) -> None:
+    words = ["--nodes", str(nodes), "--workers", str(workers)]
+    script = written(hdb, "digits", *words, "--set", f"server.servers={servers}")
     names = " ".join(f"n{number}" for number in range(nodes))
     script = script.replace("mapfile -t nodes", f"nodes=({names}); true")
     (hosts,) = evaluated("nodes=()\n" + script.replace("mapfile", "true"), "hosts")
     found = hosts.split(",")
     expected = [
-        f"n{at}" for at, node in enumerate(lay_out(workers, nodes)) for _ in range(node.ranks)
+        f"n{at}"
+        for at, node in enumerate(lay_out(workers, nodes, servers))
+        for _ in range(node.ranks)
     ]
     assert found == expected
-    most = max(node.ranks for node in lay_out(workers, nodes))
+    most = max(node.ranks for node in lay_out(workers, nodes, servers))
     assert f"#SBATCH --ntasks-per-node={most} " in script
 
 

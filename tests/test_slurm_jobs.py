@@ -184,8 +184,8 @@ def test_a_server_and_three_workers_on_two_nodes(
         "nodelist=n3,n4",
     ]
     job = Submitted(cluster, tmp_path, "digits", *words, HDB_SITE=str(site), WATCH=str(watch))
-    assert "│ 1    │ 0 to 1 │ rank 0 │       1 │" in job.shown
-    assert "│ 2    │ 2 to 3 │      - │       2 │" in job.shown
+    assert "│ 1    │ 0 to 1 │       1 │       1 │" in job.shown
+    assert "│ 2    │ 2 to 3 │       - │       2 │" in job.shown
     assert "the limit of 10 min 00 s is enough" in job.shown
     nodes = ("n3", "n4")
     copies = [cluster.disk(node) / f"hdb-{job.number}/train" for node in nodes]

@@ -16,13 +16,13 @@ class NodeRanks:
     ----------
     first, last : int
         Ranks.
-    server : bool
-        Whether the first of them is the parameter server.
+    servers : int
+        How many of them, the first ones, are parameter servers.
     """
 
     first: int
     last: int
-    server: bool
+    servers: int
 
     @property
     def ranks(self) -> int:
@@ -30,7 +30,7 @@ class NodeRanks:
 
     @property
     def workers(self) -> int:
-        return self.ranks - self.server
+        return self.ranks - self.servers
 
 
 def spread_workers(workers: int, nodes: int) -> tuple[int, ...]:
@@ -52,22 +52,31 @@ def spread_workers(workers: int, nodes: int) -> tuple[int, ...]:
     return tuple(counts[node] for node in range(nodes))
 
 
-def lay_out(workers: int, nodes: int, server_apart: bool = False) -> tuple[NodeRanks, ...]:
-    """The ranks of each node, the server's node first.
+def lay_out(
+    workers: int, nodes: int, servers: int = 1, servers_apart: bool = False
+) -> tuple[NodeRanks, ...]:
+    """The ranks of each node, the servers' first.
 
     Parameters
     ----------
-    server_apart : bool
-        Whether the server has a node of its own, beside the `nodes` of the workers.
+    workers, nodes : int
+        The `nodes` have workers.
+    servers_apart : bool
+        Whether each server has a node of its own, beside those; else the first node has them all.
 
     Raises
     ------
     UserError
         If there are fewer workers than nodes.
     """
-    laid_out = [NodeRanks(0, 0, server=True)] if server_apart else []
-    for count in spread_workers(workers, nodes):
-        first = laid_out[-1].last + 1 if laid_out else 0
-        server = first == 0
-        laid_out.append(NodeRanks(first, first + count - 1 + server, server))
+    counts = spread_workers(workers, nodes)
+    if servers_apart:
+        parts = [(1, 0)] * servers + [(0, count) for count in counts]
+    else:
+        parts = [(servers, counts[0]), *((0, count) for count in counts[1:])]
+    laid_out = []
+    first = 0
+    for own_servers, own_workers in parts:
+        laid_out.append(NodeRanks(first, first + own_servers + own_workers - 1, own_servers))
+        first = laid_out[-1].last + 1
     return tuple(laid_out)

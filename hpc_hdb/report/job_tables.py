@@ -17,7 +17,7 @@ def layout_table(layout: Sequence[NodeRanks], gpus_per_node: int, cpus_per_task:
     begin = 0
     for position, node in enumerate(layout):
         after = layout[position + 1] if position + 1 < len(layout) else None
-        if after and (after.server, after.ranks) == (node.server, node.ranks):
+        if after and (after.servers, after.ranks) == (node.servers, node.ranks):
             continue
         first = layout[begin]
         several = " each" if position > begin else ""
@@ -25,14 +25,14 @@ def layout_table(layout: Sequence[NodeRanks], gpus_per_node: int, cpus_per_task:
             (
                 str(begin + 1) if position == begin else f"{begin + 1} to {position + 1}",
                 str(first.first) if first.first == node.last else f"{first.first} to {node.last}",
-                "rank 0" if node.server else "-",
+                f"{node.servers}{several}" if node.servers else "-",
                 f"{node.workers}{several}",
                 f"{min(gpus_per_node, node.workers)}{several}" if gpus_per_node else "-",
                 f"{node.ranks * cpus_per_task}{several}",
             )
         )
         begin = position + 1
-    columns = ("node", "ranks", "server", "workers", "GPUs in use", "cores in use")
+    columns = ("node", "ranks", "servers", "workers", "GPUs in use", "cores in use")
     return TextTable("Ranks", columns, rows)
 
 

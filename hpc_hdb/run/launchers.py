@@ -31,22 +31,22 @@ class _Options(NamedTuple):
 
 _OPTIONS: dict[Kind, _Options] = {
     "openmpi": _Options(
-        one_node='-n "$((workers + 1))"',
-        nodes='--host "$hosts" -n "$((workers + 1))"',
-        apart='--leave-session-attached --host "$hosts" -n "$((workers + 1))"',
+        one_node='-n "$((workers + servers))"',
+        nodes='--host "$hosts" -n "$((workers + servers))"',
+        apart='--leave-session-attached --host "$hosts"',
         bound='--use-hwthread-cpus --map-by "slot:PE=${cpus}" --bind-to hwthread',
         unbound="--map-by slot --bind-to none",
     ),
     "hydra": _Options(
-        one_node='-n "$((workers + 1))"',
-        nodes='-hosts "$hosts" -n "$((workers + 1))"',
+        one_node='-n "$((workers + servers))"',
+        nodes='-hosts "$hosts" -n "$((workers + servers))"',
         apart="",
         bound='-bind-to "hwthread:${cpus}"',
         unbound="-bind-to none",
     ),
     "srun": _Options(
-        one_node='--ntasks="$((workers + 1))"',
-        nodes='--distribution=arbitrary --nodelist="$hosts" --ntasks="$((workers + 1))"',
+        one_node='--ntasks="$((workers + servers))"',
+        nodes='--distribution=arbitrary --nodelist="$hosts" --ntasks="$((workers + servers))"',
         apart='--het-group="0,1"',
         bound='--cpus-per-task="${cpus}" --cpu-bind=cores',
         unbound="--cpu-bind=none",

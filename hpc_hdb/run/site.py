@@ -89,9 +89,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(Site.model_fields)
         near = difflib.get_close_matches(key, known, n=1)
-        known = (
-            f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(Site.model_fields)}"
-        )
-        return f"unknown key '{key}'; {known}"
+        right = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+        return f"unknown key '{key}'; {right}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"

@@ -39,10 +39,10 @@ class Job:
     overrides : sequence of str
         ``section.key=value`` each.
     name : str
-    workers, nodes, gpus_per_node : int
+    workers, servers, nodes, gpus_per_node : int
         Of each run; `nodes` are the workers'.
     server_partition : str or None
-        Where the server has a node of its own.
+        Where each server has a node of its own.
     run : Path or None
         The run folder; by default one named after the job.
     shards : Path or None
@@ -59,6 +59,7 @@ class Job:
     overrides: Sequence[str]
     name: str
     workers: int
+    servers: int
     nodes: int
     gpus_per_node: int
     server_partition: str | None
@@ -94,7 +95,7 @@ class Job:
     @property
     def layout(self) -> tuple[NodeRanks, ...]:
         """The ranks of each node; raises UserError where some node would be empty."""
-        return lay_out(self.workers, self.nodes, self.server_partition is not None)
+        return lay_out(self.workers, self.nodes, self.servers, self.server_partition is not None)
 
     def run_folder(self) -> str:
         """The run folder, as shell text."""
@@ -121,7 +122,7 @@ def training_script(job: Job, site: Site) -> str:
             f"srun puts as many workers on each node of a heterogeneous job: {job.workers} do not "
             f"fit {job.nodes} nodes"
         )
-    workers_nodes = job.layout[1:] if apart else job.layout
+    workers_nodes = job.layout[job.servers :] if apart else job.layout
     everywhere = {"account": site.account, "qos": site.qos, "time": site.time}
     workers = {
         "partition": site.partition,
@@ -142,6 +143,7 @@ def training_script(job: Job, site: Site) -> str:
     if apart:
         server = {
             "partition": job.server_partition,
+            "nodes": str(job.servers),
             "cpus-per-task": str(site.cpus_per_task),
             "mem": site.memory,
         }
@@ -157,6 +159,8 @@ def training_script(job: Job, site: Site) -> str:
         "shards": shlex.quote(str(job.shards)) if job.shards else "",
         "launch": launch_line(launcher, 2 if array else job.nodes, apart, site.bind),
     }
+    if not apart:  # else there are as many as nodes in the job's first part
+        values["servers"] = str(job.servers)
     if array:
         values["configs"] = f"({shlex.join(job.configs)})"
         values["train"] = f'("${{configs[SLURM_ARRAY_TASK_ID]}}" {shlex.join(words)}'.rstrip() + ")"
