@@ -238,8 +238,8 @@ def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: P
     assert resumed["commit"] > 0
     cluster("scancel", job.number)
     job.wait("CANCELLED")
+    wait_until(lambda: read_events(job.run)[-1]["event"] == "interrupted", 20, "the run to save")
     last = read_events(job.run)
-    assert last[-1]["event"] == "interrupted"
     newest = max((job.run / "checkpoint").glob("[0-9]*.pt"))
     made = [event["commit"] for event in last if event["event"] == "commit"]
     assert int(newest.stem) == made[-1]
