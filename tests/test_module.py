@@ -115,8 +115,7 @@ def test_environment_modules_loads_it(prefix: Path, tmp_path: Path) -> None:
             pytest.skip("no environment-modules here, and no apt to get it")
         (file,) = tmp_path.glob("*.deb")
         subprocess.run(["dpkg", "-x", file, tmp_path], check=True)
-        (found,) = tmp_path.rglob("modulecmd.tcl")
-        command = str(found)
+        command = str(next(path for path in tmp_path.rglob("modulecmd.tcl") if path.is_file()))
     module = f'module() {{ eval "$(tclsh {command} bash "$@")"; }}\n'
     assert_loaded(in_shell(module + CHECK, prefix, PYTHONPATH=str(prefix / "lent")), prefix)
 
