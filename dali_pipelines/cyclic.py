@@ -19,7 +19,7 @@ from dali_pipelines.feed import Feed
 
 READERS = 4
 """Threads that read files: enough to hide the latency of a parallel file system."""
-_NOTICE = 32
+NOTICE = 32
 """Batches before the end of a cycle at which the next pipeline is built, in 0.2 s or so."""
 
 
@@ -163,7 +163,7 @@ class CyclicLoader:
                 left = (cycle.end_epoch - place[0]) * self.steps(cycle) - place[1]
                 for of_epoch, of_step, chosen in self._requests(cycle, place):
                     images = feed.next()
-                    if following and upcoming is None and left <= _NOTICE:
+                    if following and upcoming is None and left <= NOTICE:
                         start = (following.start_epoch, 0)
                         upcoming = builder.submit(self._begin, following, start, readers)
                     left -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,28 @@ def test_resolution_switches_back_and_forth(files: ImageFiles) -> None:
         images = torch.cat([images for images, _ in loader.batches(indices, [6, 6], resolution, 5)])
         assert images.shape == (12, 3, resolution, resolution)
         assert torch.equal(images, reference.setdefault(resolution, images))
+
+
+def test_the_next_pipeline_is_built_during_the_round_before(files: ImageFiles) -> None:
+    """Beside the one in use, and no other is kept."""
+
+    def feeds() -> set[int]:
+        return {id(thing) for thing in gc.get_objects() if type(thing) is Feed}
+
+    gc.collect()
+    before = feeds()
+    indices = shuffled(files)[:12]
+    loader = DaliLoader(files, 1, Augmentation(), CPU)
+    list(loader.batches(indices, [6, 6], 40, 0))
+    loader.expect(24, 7)
+    list(loader.batches(indices, [6, 6], 32, 0))
+    loader.prepare(24, 7)
+    built = feeds() - before
+    assert len(built) == 2
+    [(images, _)] = loader.batches(indices[:7], [7], 24, 3)
+    assert feeds() - before == built
+    [(expected, _)] = DaliLoader(files, 1, Augmentation(), CPU).batches(indices[:7], [7], 24, 3)
+    assert torch.equal(images, expected)
 
 
 @pytest.mark.parametrize("sizes", [[1], [3], [9], [5, 4], [2] * 5, [1] * 12])

@@ -575,6 +575,19 @@ def test_every_sample_of_every_epoch_is_committed_once(
     assert committed == dict.fromkeys(every, 1)
 
 
+def test_in_lockstep_the_next_stage_is_that_of_the_next_round() -> None:
+    plan = DualBatchPlan(2, 1, 64, 8, 10, 10, 1.0, 1.0)
+    book = RoundBook(plan, STAGES, 20, 2)
+    expected = None
+    while not book.finished:
+        assert expected in (None, book.stage)
+        rounds = [book.hand_out(group) for group in Group]
+        expected = book.next_stage
+        for work in rounds:
+            book.commit(work.group, work.index)
+    assert expected == book.stage == len(STAGES) - 1
+
+
 def test_a_round_that_nobody_was_given_cannot_be_committed() -> None:
     plan = DualBatchPlan(2, 1, 64, 8, 10, 10, 1.0, 1.0)
     book = RoundBook(plan, STAGES, 20)

@@ -81,6 +81,7 @@ class Order(_Record):
     `begin` and `end` are positions in the epoch's permutation, `commits` the global commit
     count of the model that comes with the order, `worker_commits` the worker's own.
     `weight` is the factor by which the worker scales its model in a reduction (BSP).
+    `next_resolution` and `next_batch` are what the round after this one will probably want.
     """
 
     kind: int
@@ -94,6 +95,8 @@ class Order(_Record):
     stage: int = 0
     resolution: int = 0
     batch: int = 0
+    next_resolution: int = 0
+    next_batch: int = 0
     commits: int = 0
     worker_commits: int = 0
     learning_rate: float = 0.0

@@ -131,6 +131,12 @@ class RoundBook:
         """Index of the stage that holds at the global commit count."""
         return stage_index(self._stages, self.commits // self.commits_per_epoch)
 
+    @property
+    def next_stage(self) -> int:
+        """Index of the stage in which a worker that goes on now will commit and go on again."""
+        epoch = (self.commits + self._plan.workers) // self.commits_per_epoch
+        return stage_index(self._stages, min(epoch, self._epochs - 1))
+
     def hand_out(self, group: Group) -> Round | None:
         """The next round for a worker of `group`, or None when all rounds are handed out.
 

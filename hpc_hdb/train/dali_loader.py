@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -69,6 +69,8 @@ class DaliLoader:
         self._form = replace(self._plain, crops=augmentation.crops, change=augmentation.change)
         self._readers = ThreadPoolExecutor(READERS)
         self._idle: dict[int, Feed] = {}  # by resolution, the least recently used first
+        self._expected: tuple[int, int] | None = None
+        self._upcoming: tuple[int, Future[Feed]] | None = None
 
     def prepare(self, resolution: int, largest_batch: int) -> None:
         if self._rows is not None:
@@ -80,6 +82,9 @@ class DaliLoader:
                 del self._idle[next(iter(self._idle))]
             feed = self._build(self._form, resolution, largest_batch)
         self._idle[resolution] = feed
+
+    def expect(self, resolution: int, largest_batch: int) -> None:
+        self._expected = (resolution, largest_batch)
 
     def batches(
         self, indices: np.ndarray, sizes: Sequence[int], resolution: int, seed: int
@@ -113,6 +118,18 @@ class DaliLoader:
             labels = self._labels[torch.from_numpy(chosen[masks.pop(position)])]
             if len(labels) or self._rows:
                 yield images, labels.to(self._device, non_blocking=True)
+
+    def _begin_expected(self) -> None:
+        """Build the pipeline that the next round wants, beside the one in use and no other."""
+        if self._expected is None:
+            return
+        resolution, largest_batch = self._expected
+        self._expected = None
+        idle = self._idle.get(resolution)
+        if idle is None or idle.largest_batch < largest_batch:
+            self._idle.clear()
+            built = self._readers.submit(self._build, self._form, resolution, largest_batch)
+            self._upcoming = (resolution, built)
 
     def _build(self, form: Form, resolution: int, largest_batch: int) -> Feed:
         return Feed(form, resolution, largest_batch, self._threads, self._device, self._readers)

@@ -48,6 +48,10 @@ class Loader(Protocol):
         """Get ready for batches of this kind, ahead of the first one."""
         ...
 
+    def expect(self, resolution: int, largest_batch: int) -> None:
+        """Towards the end of the round to come, get ready for batches of this kind beside it."""
+        ...
+
     def batches(
         self, indices: np.ndarray, sizes: Sequence[int], resolution: int, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,6 +161,9 @@ class TorchLoader:
         )
 
     def prepare(self, resolution: int, largest_batch: int) -> None:
+        pass
+
+    def expect(self, resolution: int, largest_batch: int) -> None:
         pass
 
     def batches(

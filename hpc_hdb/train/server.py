@@ -214,6 +214,7 @@ class ParameterServer:
             return Order(OrderKind.STOP)
         number = self._book.stage
         stage, batch = self._plan.stages[number], self._plan.batch(number, work.group)
+        following = self._book.next_stage
         if number != self._stage:
             self._stage = number
             self._emit("stage", {"commit": self._book.commits, "stage": number} | vars(stage))
@@ -230,6 +231,8 @@ class ParameterServer:
             stage=number,
             resolution=stage.resolution,
             batch=batch,
+            next_resolution=self._plan.stages[following].resolution,
+            next_batch=self._plan.batch(following, work.group),
             commits=self._book.commits,
             worker_commits=self._worker_commits[worker],
             learning_rate=stage.learning_rate,

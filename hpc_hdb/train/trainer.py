@@ -291,6 +291,8 @@ class Trainer:
         if order.resolution != self._resolution:
             self._loader.prepare(order.resolution, order.batch)
             self._resolution = order.resolution
+        if order.next_resolution != order.resolution:
+            self._loader.expect(order.next_resolution, order.next_batch)
         return time.perf_counter() - start
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
