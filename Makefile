@@ -78,6 +78,7 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/batch_time.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/shard_formats.py
 	$(BIN)/python benchmarks/resolution_switch.py
 	$(BIN)/python benchmarks/conventional.py
 
