@@ -163,6 +163,7 @@ def test_a_plan_of_a_configuration_has_the_documented_keys(hdb: Terminal, digits
         "samples": 1437,
         "workers": 3,
         "small_workers": 1,
+        "ranks_per_worker": 1,
         "large_share": 527,
         "small_share": 383,
         "update_factor": 383 / 527,

@@ -406,7 +406,8 @@ def test_a_plan_names_its_workers_and_fits_80_columns() -> None:
 def test_all_of_the_closing_tables_is_legible_on_80_columns() -> None:
     numbers = dict.fromkeys(("train", "data", "wait", "communicate", "rebuild"), 98765.4)
     role = numbers | {"checkpoint": 98765.4, "evaluate": 0.0, "workers": 128, "overhead": 0.123}
-    table = role_table({"mode": "mpi", "roles": {"server": role, "large": role, "small": role}})
+    roles = {"server": role, "large": role, "small": role}
+    table = role_table({"mode": "mpi", "ranks_per_worker": 1, "roles": roles})
     text = printed(table)
     assert "…" not in text
     for word in ("training", "loading", "waiting", "communicating", "rebuilding", "evaluating"):
