@@ -102,14 +102,18 @@ class Submitted:
         log = self.run / "events.jsonl"
         return log.read_text().count('{"event": "start"') if log.exists() else 0
 
-    def wait_for_life(self, life: int, seconds: float = 90) -> None:
-        """Until the job's `life`-th training has made commits."""
+    def wait_for_start(self, life: int, seconds: float = 120) -> None:
+        """Until the job has begun to train for the `life`-th time."""
 
         def begun() -> bool:
             self.cluster.hurry(self.number)
             return self.lives() >= life
 
         wait_until(begun, seconds, f"life {life} of job {self.number}")
+
+    def wait_for_life(self, life: int, seconds: float = 90) -> None:
+        """Until the job's `life`-th training has made commits."""
+        self.wait_for_start(life)
         before = self.commits()
         wait_until(lambda: self.commits() > before + 4, seconds, f"commits of job {self.number}")
 
@@ -245,25 +249,9 @@ def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: P
     assert cluster.shown(job.number)["Restarts"] == "1"
 
 
-def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
-    """A worker's node, then the server's, go out like a light."""
-    job = Submitted(
-        cluster, tmp_path, "digits", *LONG, "--nodes", "2", "--sbatch", "exclude=n1,n4",
-        SLOW="1", SLOW_LIVES="2",
-    )  # fmt: skip
-    for life, node in ((1, "n3"), (2, "n2")):
-        job.wait_for_life(life)
-        cluster.lose_node(node)
-        wait_until(lambda: cluster.state(job.number) != "RUNNING", 60, f"the loss of {node}")
-        cluster.start_node(node)
-    job.wait("COMPLETED")
-    assert job.lives() == 3
-    assert_one_run(job.run, workers=2, epochs=80)
-
-
 def test_the_time_limit(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """The run saves, requeues itself, and ends with the same bits as one that never stopped."""
-    struck.wait_for_life(2)
+    struck.wait_for_start(2)
     assert struck.wait("COMPLETED")["Restarts"] == "1"
     assert struck.lives() == 2
     assert_one_run(struck.run, workers=2, epochs=80)
