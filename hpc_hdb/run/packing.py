@@ -251,7 +251,7 @@ def _samples(
             continue
         suffix = path.suffix[1:].lower().replace("jpeg", "jpg")
         images = {ORIGINAL: (suffix, data)} if job.originals else {}
-        tables = _coarser_tables(data)
+        tables = _coarser_tables(data) if job.sides else None
         for side in job.sides:
             images[str(side)] = _bounded(picture, side, tables) or (suffix, data)
         yield file, label, images
@@ -264,7 +264,9 @@ def _coarser_tables(data: bytes) -> dict[int, list[int]] | None:
     """
     with Image.open(io.BytesIO(data)) as image:
         tables = getattr(image, "quantization", None)
-    return tables if tables and sum(tables[0]) > sum(_finest_tables()[0]) else None
+    if not tables or 0 not in tables:  # a JPEG may number its tables otherwise
+        return None
+    return tables if sum(tables[0]) > sum(_finest_tables()[0]) else None
 
 
 @cache
