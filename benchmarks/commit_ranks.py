@@ -85,8 +85,8 @@ async def commit_loop(
     link: WorkerLink, model: Tensor, bulk_synchronous: bool, pause: float
 ) -> list[float]:
     """The loop of `hpc_hdb.train.worker.run_worker`, without the training."""
-    commit = link.reduce if bulk_synchronous else link.exchange
-    order = await link.join(model)
+    commit = link.report if bulk_synchronous else link.exchange
+    order = await link.report(Report(ReportKind.JOIN), model)
     times = []
     while order.kind == OrderKind.TRAIN:
         time.sleep(pause)

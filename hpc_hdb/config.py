@@ -112,6 +112,12 @@ class Server(Section):
     """Ranks over which the global model is spread; the first ones."""
     ranks_per_worker: Positive = 1
     """Ranks (one GPU each) that share each batch of a worker; more than 1 needs Horovod."""
+    refusals: Positive = 3
+    """Rounds in a row that may end in NaN or infinity before a worker is dropped."""
+    silent_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Without a word from a worker under way, and three predicted rounds: it is reported."""
+    silent_worker: Literal["report", "drop"] = "report"
+    """"drop" also ends it, and lets the others take over its share (with fault tolerance)."""
 
     @property
     def synchronous(self) -> bool:

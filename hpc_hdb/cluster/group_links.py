@@ -38,14 +38,11 @@ class LeaderLink:
     def interrupted(self) -> bool:
         return self._link.interrupted()
 
-    async def join(self, model: Tensor) -> Order:
-        return self._pass_on(await self._link.join(model), model)
+    async def report(self, report: Report, model: Tensor) -> Order:
+        return self._pass_on(await self._link.report(report, model), model)
 
     async def exchange(self, report: Report, model: Tensor) -> Order:
         return self._pass_on(await self._link.exchange(report, model), model)
-
-    async def reduce(self, report: Report, model: Tensor) -> Order:
-        return self._pass_on(await self._link.reduce(report, model), model)
 
     async def leave(self, report: Report) -> None:
         await self._link.leave(report)
@@ -88,13 +85,10 @@ class MemberLink:
     def interrupted(self) -> bool:
         return False
 
-    async def join(self, model: Tensor) -> Order:
+    async def report(self, report: Report, model: Tensor) -> Order:
         return self._follow(model)
 
     async def exchange(self, report: Report, model: Tensor) -> Order:
-        return self._follow(model)
-
-    async def reduce(self, report: Report, model: Tensor) -> Order:
         return self._follow(model)
 
     async def leave(self, report: Report) -> None:

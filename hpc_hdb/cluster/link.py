@@ -22,6 +22,14 @@ from hpc_hdb.cluster.messages import Instruction, Order, Report
 T = TypeVar("T")
 
 
+class WorkerLost(Exception):
+    """A worker has died in the middle of an exchange."""
+
+
+class ReductionBroken(Exception):
+    """A reduction came to nothing, since a worker died or does not answer."""
+
+
 class WorkerLink(Protocol):
     """A worker's end."""
 
@@ -47,19 +55,16 @@ class WorkerLink(Protocol):
         """Whether the server has called the run off."""
         ...
 
-    async def join(self, model: Tensor) -> Order:
-        """Announce this worker; the first round, and the global model in `model`."""
-        ...
+    async def report(self, report: Report, model: Tensor) -> Order:
+        """Report, and wait for the next round; the global model in `model`.
 
-    async def exchange(self, report: Report, model: Tensor) -> Order:
-        """Commit `model` on its own (ASP, SSP); it is overwritten with the merged one.
-
-        After a STOP order the contents of `model` are unspecified.
+        Meanwhile the worker takes part in reductions with all others (BSP), to which it
+        contributes `model`. After a STOP order the contents of `model` are unspecified.
         """
         ...
 
-    async def reduce(self, report: Report, model: Tensor) -> Order:
-        """Commit `model` together with all workers (BSP); it is overwritten with the merged one."""
+    async def exchange(self, report: Report, model: Tensor) -> Order:
+        """Commit `model` on its own (ASP, SSP); otherwise as `report`."""
         ...
 
     async def leave(self, report: Report) -> None:
@@ -74,7 +79,13 @@ class SliceLink(Protocol):
     """The parts of this server's slice, as positions in the slice."""
 
     def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
-        """Receive this slice of `worker`'s commit into `out`; yields each part once it is there."""
+        """Receive this slice of `worker`'s commit into `out`; yields each part once it is there.
+
+        Raises
+        ------
+        WorkerLost
+            If the worker dies meanwhile.
+        """
         ...
 
     def send(self, worker: int, model: Tensor, part: slice) -> None:
@@ -88,6 +99,11 @@ class SliceLink(Protocol):
         """Add up this slice of all workers' weighted models in `out`; yields each part once done.
 
         Each part that it yields is to be sent to the workers with `broadcast`.
+
+        Raises
+        ------
+        ReductionBroken
+            Before the last part; then no worker has got the whole sum either.
         """
         ...
 
@@ -105,19 +121,39 @@ class ServerLink(SliceLink, Protocol):
 
     workers: int
     servers: int
+    patience: float
+    """Seconds after which a worker that should be sending is ended (`fence`); may be set."""
 
     def now(self) -> float:
         """Seconds since the link was made."""
         ...
 
     async def next_report(self, timeout: float) -> tuple[int, Report] | None:
-        """The next worker's report, or None after `timeout` real seconds without one."""
+        """The next worker's report, or None after `timeout` real seconds without one.
+
+        A LOST report says once of a worker that it has died.
+        """
         ...
 
     def order(self, worker: int, order: Order) -> None:
         """Answer `worker`'s report, without waiting.
 
-        The model that belongs to a TRAIN order follows by `send`, or by `broadcast`.
+        The model that belongs to a TRAIN order follows by `send`, unless the worker has taken
+        part in a reduction since its report.
+        """
+        ...
+
+    def regroup(self) -> bool:
+        """Do what a REDUCE order with `regroup` asks of the workers; whether it is done."""
+        ...
+
+    def fence(self, worker: int) -> None:
+        """End a worker that does not answer, so that it cannot come back; LOST follows.
+
+        Raises
+        ------
+        UserError
+            If it cannot be ended from here.
         """
         ...
 

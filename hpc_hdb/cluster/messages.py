@@ -17,6 +17,12 @@ class ReportKind(enum.IntEnum):
     LEAVE = 4
     LEFT_OUT = 5
     """A bad image, whose sample is `index`."""
+    DIVERGED = 6
+    """A round that ended in NaN or infinity: there is nothing to commit."""
+    UNDONE = 7
+    """A reduction came to nothing, as a rank was lost in it: the merged model is not here."""
+    LOST = 8
+    """Not sent by the worker, but said of it by the link: it is gone."""
 
 
 class OrderKind(enum.IntEnum):
@@ -26,6 +32,8 @@ class OrderKind(enum.IntEnum):
     STOP = 2
     EVALUATE = 3
     """Within a group: take part in the evaluation of the model that comes with it."""
+    REDUCE = 4
+    """Take part in a reduction (BSP), with a model scaled by `weight`; another order follows."""
 
 
 Self = TypeVar("Self", bound="_Record")
@@ -80,7 +88,8 @@ class Order(_Record):
 
     `begin` and `end` are positions in the epoch's permutation, `commits` the global commit
     count of the model that comes with the order, `worker_commits` the worker's own.
-    `weight` is the factor by which the worker scales its model in a reduction (BSP).
+    `weight` is the factor by which the worker scales its model in a reduction (BSP); with
+    `regroup` those that take part form their group anew, without ranks that were lost.
     `next_resolution` and `next_batch` are what the round after this one will probably want.
     """
 
@@ -99,6 +108,7 @@ class Order(_Record):
     next_batch: int = 0
     commits: int = 0
     worker_commits: int = 0
+    regroup: int = 0
     learning_rate: float = 0.0
     dropout: float = 0.0
     predicted_seconds: float = 0.0

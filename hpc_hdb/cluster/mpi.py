@@ -8,6 +8,10 @@ by the server that keeps it: no rank moves more than a few models' worth of byte
 workers there are. The reduction does not involve the servers, so their number does not change the
 order in which MPI adds.
 
+Of a bulk-synchronous merge in which a rank dies nothing remains: who notices revokes the groups
+in which it is done, so that all come out of it; each tells the root, which lets the rest form new
+groups and do it again.
+
 A waiting rank tests its requests and sleeps in between, instead of spinning inside MPI: it
 must not take the core (or, oversubscribed, the turn) of a rank that trains.
 """
@@ -23,6 +27,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from hpc_hdb.cluster.failures import Addresses, is_failure
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
@@ -99,10 +104,75 @@ class Groups:
 
         return cls(group(workers), [group({server} | workers) for server in range(servers)])
 
+    @classmethod
+    def of_survivors(cls, comm: MPI.Intracomm) -> Groups | None:
+        """Those of the ranks of `comm` that are left (one server); None if one died meanwhile.
+
+        Every rank that is left calls this at once, and all get groups or none does.
+        """
+        groups = None
+        try:
+            survivors = comm.Shrink()
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            return None
+        try:
+            groups = cls.split(survivors, servers=1)
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+        try:
+            agreed = survivors.Agree(int(groups is not None))
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            agreed = 0
+        return groups if agreed else None
+
+    def revoke(self) -> None:
+        """Let every rank come out of what it does in these groups."""
+        for group in (self.workers, *self.of_server):
+            if group != MPI.COMM_NULL:
+                group.Revoke()
+
     def free(self) -> None:
         for group in (self.workers, *self.of_server):
             if group != MPI.COMM_NULL:
                 group.Free()
+
+
+class _Contribution:
+    """A worker's model as it goes into a reduction, also if that has to be done again.
+
+    Attributes
+    ----------
+    model : Tensor
+        Overwritten by a reduction, whether or not it comes to its end.
+    """
+
+    def __init__(self) -> None:
+        self.model = torch.empty(0)
+        self._scaled = torch.empty(0)
+        self._weight = 0.0
+
+    def renew(self, model: Tensor) -> None:
+        """Contribute `model` from now on."""
+        self.model = model
+        self._weight = 0.0
+
+    def scaled(self, weight: float) -> Tensor:
+        """The model as it was, times `weight`; 0 leaves it out, whatever its values."""
+        if self._scaled.shape != self.model.shape:
+            self._scaled = torch.empty_like(self.model)
+        if not weight:
+            return self._scaled.zero_()
+        if self._weight:
+            self._scaled *= weight / self._weight
+        else:
+            torch.mul(self.model, weight, out=self._scaled)
+        self._weight = weight
+        return self._scaled
 
 
 class MpiWorkerLink:
@@ -123,6 +193,8 @@ class MpiWorkerLink:
         self._comm = comm
         self._servers = servers
         self._groups = Groups.split(comm, servers)
+        Addresses(comm)  # the root's is of use
+        self._contribution = _Contribution()
         self._order = bytearray(Order.layout.size)
         self._order_request = comm.Recv_init([self._order, MPI.BYTE], SERVER, ORDER)
         self._interrupt = comm.Irecv([bytearray(0), MPI.BYTE], SERVER, INTERRUPT)
@@ -143,10 +215,19 @@ class MpiWorkerLink:
         self._interrupted = self._interrupted or self._interrupt.Test()
         return self._interrupted
 
-    async def join(self, model: Tensor) -> Order:
-        self._report(Report(ReportKind.JOIN))
+    async def report(self, report: Report, model: Tensor) -> Order:
+        self._report(report)
         order = self._next_order()
-        if order.kind == OrderKind.TRAIN:
+        merged = False
+        self._contribution.renew(model)
+        while order.kind == OrderKind.REDUCE:
+            start = time.perf_counter()
+            merged = self._reduce(order)
+            self.communicate_seconds += time.perf_counter() - start
+            if not merged:
+                self._report(Report(ReportKind.UNDONE, index=order.index))
+            order = self._next_order()
+        if order.kind == OrderKind.TRAIN and not merged:
             start = time.perf_counter()
             pulls = [self._comm.Irecv(part, server, MERGED) for server, part in self._cut(model)]
             for pull in pulls:
@@ -170,25 +251,6 @@ class MpiWorkerLink:
         self.communicate_seconds += time.perf_counter() - start
         return order
 
-    async def reduce(self, report: Report, model: Tensor) -> Order:
-        self._report(report)
-        order = self._next_order()
-        if order.weight:
-            start = time.perf_counter()
-            cut = Slices(model.numel(), self._servers).interleaved()
-            own, total = self._reduce_scatter(model.mul_(order.weight))
-            pushes = []
-            for server, part in cut:
-                both = overlap(part, own)
-                if both.start < both.stop:
-                    values = total[both.start - own.start : both.stop - own.start]
-                    pushes.append(self._comm.Isend(values, server, MODEL))
-            for server, part in cut:
-                self._groups.of_server[server].Bcast(model[part], SERVER)
-            MPI.Request.Waitall(pushes)
-            self.communicate_seconds += time.perf_counter() - start
-        return order
-
     async def leave(self, report: Report) -> None:
         self._report(report)
         if self._progress is not None:
@@ -199,13 +261,43 @@ class MpiWorkerLink:
         self._order_request.Free()
         self._groups.free()
 
-    def _reduce_scatter(self, model: Tensor) -> tuple[slice, Tensor]:
+    def _reduce(self, order: Order) -> bool:
+        """Take part in a reduction; whether it came to its end here."""
+        contribution = self._contribution
+        try:
+            if order.regroup:
+                groups = Groups.of_survivors(self._comm)
+                if groups is None:
+                    return False
+                self._groups = groups
+            self._reduce_within(self._groups, contribution.scaled(order.weight), contribution.model)
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            self._groups.revoke()
+            return False
+        return True
+
+    def _reduce_within(self, groups: Groups, scaled: Tensor, out: Tensor) -> None:
+        """Add up the scaled models of all workers in `out`."""
+        own, total = self._reduce_scatter(groups.workers, scaled)
+        cut = Slices(out.numel(), self._servers).interleaved()
+        pushes = []
+        for server, part in cut:
+            both = overlap(part, own)
+            if both.start < both.stop:
+                values = total[both.start - own.start : both.stop - own.start]
+                pushes.append(groups.of_server[server].Isend(values, SERVER, MODEL))
+        for server, part in cut:
+            groups.of_server[server].Bcast(out[part], SERVER)
+        MPI.Request.Waitall(pushes)
+
+    def _reduce_scatter(self, group: MPI.Comm, scaled: Tensor) -> tuple[slice, Tensor]:
         """The sum of all workers' models within this worker's share of it; which share that is."""
-        group = self._groups.workers
-        shares = [share_of_sum(model.numel(), worker, group.size) for worker in range(group.size)]
+        shares = [share_of_sum(scaled.numel(), worker, group.size) for worker in range(group.size)]
         own = shares[group.rank]
         total = torch.empty(own.stop - own.start)
-        group.Reduce_scatter(model, total, [share.stop - share.start for share in shares])
+        group.Reduce_scatter(scaled, total, [share.stop - share.start for share in shares])
         return own, total
 
     def _cut(self, model: Tensor) -> list[tuple[int, Tensor]]:

@@ -6,12 +6,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from hpc_hdb.cluster.failures import Addresses, completed, failed_ranks, is_failure
+from hpc_hdb.cluster.link import ReductionBroken, WorkerLost
 from hpc_hdb.cluster.messages import Instruction, Order, Report, ReportKind
 from hpc_hdb.cluster.mpi import (
     INSTRUCTION,
@@ -26,6 +29,7 @@ from hpc_hdb.cluster.mpi import (
 )
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
+from hpc_hdb.errors import UserError
 
 _AHEAD = 3
 """Parts that arrive at a time. Within a node the receiver copies a part as soon as it may: were
@@ -48,64 +52,108 @@ class _MpiSliceLink:
     def __init__(self, comm: MPI.Intracomm, servers: int) -> None:
         self.servers = servers
         self.workers = comm.size - servers
+        self.patience = float("inf")
         self._comm = comm
         self._groups = Groups.split(comm, servers)
+        self._addresses = Addresses(comm)
         self._sending: list[_Sending] = []
         self._size = self._begin = 0
 
     async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
         rank = self._rank(worker)
         requests: deque[MPI.Request] = deque()
-        for number, part in enumerate(self.parts):
-            for ahead in self.parts[number + len(requests) : number + _AHEAD]:
-                requests.append(self._comm.Irecv(out[ahead], rank, MODEL))
-            wait_until(requests.popleft().Test)
-            yield part
+        try:
+            for number, part in enumerate(self.parts):
+                for ahead in self.parts[number + len(requests) : number + _AHEAD]:
+                    requests.append(self._comm.Irecv(out[ahead], rank, MODEL))
+                if not wait_until(requests[0].Test, self.patience):
+                    self.fence(worker)
+                    wait_until(requests[0].Test)
+                requests.popleft()
+                yield part
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            for request in requests:  # they write into `out`
+                wait_until(lambda request=request: completed(request))
+            raise WorkerLost(worker) from None
 
     def send(self, worker: int, model: Tensor, part: slice) -> None:
-        self._keep(self._comm.Isend(model[part], self._rank(worker), MERGED), model)
+        self._keep(model[part], self._rank(worker), MERGED, model)
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
-        requests = [self._receive_sum(out, part) for part in self.parts]
-        for of_part, part in zip(requests, self.parts, strict=True):
-            MPI.Request.Waitall(of_part)
-            yield part
+        group = self._groups.of_server[self._comm.rank]
+        try:
+            requests = [self._receive_sum(group, out, part) for part in self.parts]
+            for of_part, part in zip(requests, self.parts, strict=True):
+                if not wait_until(lambda r=of_part: MPI.Request.Testall(r), self.patience):
+                    raise ReductionBroken
+                yield part
+        except (MPI.Exception, ReductionBroken) as error:
+            if isinstance(error, MPI.Exception) and not is_failure(error):
+                raise
+            self._groups.revoke()
+            for request in (request for of_part in requests for request in of_part):
+                wait_until(lambda request=request: completed(request))
+            raise ReductionBroken from None
 
     def broadcast(self, model: Tensor, part: slice) -> None:
-        self._groups.of_server[self._comm.rank].Bcast(model[part], SERVER)
+        try:
+            self._groups.of_server[self._comm.rank].Bcast(model[part], SERVER)
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            self._groups.revoke()  # shows in what comes next
+
+    def fence(self, worker: int) -> None:
+        self._addresses.kill(self._rank(worker))
 
     def sending(self, model: Tensor) -> bool:
         # All at once: an idle MPI gives its core away at every test.
-        arrived = MPI.Request.Testsome([item.request for item in self._sending]) or ()
-        for number in sorted(arrived, reverse=True):
-            del self._sending[number]
+        try:
+            arrived = MPI.Request.Testsome([item.request for item in self._sending]) or ()
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            self._sending = [item for item in self._sending if not completed(item.request)]
+        else:
+            for number in sorted(arrived, reverse=True):
+                del self._sending[number]
         return any(item.data is model for item in self._sending)
 
     def close(self) -> None:
         """Wait until everything has left."""
         for item in self._sending:
-            wait_until(item.request.Test)
+            wait_until(lambda item=item: completed(item.request))
         self._groups.free()
 
-    def _receive_sum(self, out: Tensor, part: slice) -> list[MPI.Request]:
+    def _receive_sum(self, group: MPI.Comm, out: Tensor, part: slice) -> list[MPI.Request]:
         """Receive a part of the sum from the workers that have added it up."""
         requests = []
-        for worker in range(self.workers):
-            share = share_of_sum(self._size, worker, self.workers)
+        workers = group.size - 1
+        for worker in range(workers):
+            share = share_of_sum(self._size, worker, workers)
             both = overlap(share, slice(self._begin + part.start, self._begin + part.stop))
             if both.start < both.stop:
                 values = out[both.start - self._begin : both.stop - self._begin]
-                requests.append(self._comm.Irecv(values, self._rank(worker + 1), MODEL))
+                requests.append(group.Irecv(values, worker + 1, MODEL))
         return requests
 
     def _rank(self, worker: int) -> int:
         return worker + self.servers - 1
 
-    def _keep(self, request: MPI.Request, data: Tensor | bytearray) -> None:
-        self._sending.append(_Sending(request, data))
+    def _keep(self, message: Any, rank: int, tag: int, data: Tensor | bytearray) -> None:
+        """Send `message`, which lies in `data`; to a rank that is gone it goes nowhere."""
+        try:
+            request = self._comm.Isend(message, rank, tag)
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+        else:
+            self._sending.append(_Sending(request, data))
 
     def _post(self, data: bytearray, rank: int, tag: int) -> None:
-        self._keep(self._comm.Isend([data, MPI.BYTE], rank, tag), data)
+        self._keep([data, MPI.BYTE], rank, tag, data)
 
     def _take_parts(self, size: int) -> tuple[int, int]:
         """Cut a model of `size` floats; the bounds of this server's slice."""
@@ -129,13 +177,15 @@ class MpiServerLink(_MpiSliceLink):
     Attributes
     ----------
     present : set of int
-        Workers that have not left.
+        Workers that have neither left nor died.
     """
 
     def __init__(self, comm: MPI.Intracomm, servers: int = 1) -> None:
         super().__init__(comm, servers)
         self.present = set(range(1, self.workers + 1))
         self._start = time.perf_counter()
+        self._lost: deque[int] = deque()
+        self._arrived = MPI.UNDEFINED
         self._reports = [bytearray(Report.layout.size) for _ in range(self.workers)]
         self._requests = [
             comm.Recv_init([data, MPI.BYTE], self._rank(worker), REPORT)
@@ -147,24 +197,50 @@ class MpiServerLink(_MpiSliceLink):
         return time.perf_counter() - self._start
 
     async def next_report(self, timeout: float) -> tuple[int, Report] | None:
-        arrived = MPI.UNDEFINED
-
-        def any_report() -> bool:
-            nonlocal arrived
-            arrived, done = MPI.Request.Testany(self._requests)
-            return done and arrived != MPI.UNDEFINED
-
-        if not wait_until(any_report, timeout):
+        if not self._lost and not wait_until(self._has_report, timeout):
             return None
-        report = Report.unpack(self._reports[arrived])
+        if self._lost:
+            return self._lost.popleft(), Report(ReportKind.LOST)
+        report = Report.unpack(self._reports[self._arrived])
         if report.kind == ReportKind.LEAVE:
-            self.present.discard(arrived + 1)
+            self.present.discard(self._arrived + 1)
         else:
-            self._requests[arrived].Start()
-        return arrived + 1, report
+            self._requests[self._arrived].Start()
+        return self._arrived + 1, report
+
+    def _has_report(self) -> bool:
+        try:
+            self._arrived, done = MPI.Request.Testany(self._requests)
+        except MPI.Exception as error:
+            if not is_failure(error):
+                raise
+            self._note_lost()
+            return bool(self._lost)
+        return done and self._arrived != MPI.UNDEFINED
+
+    def _note_lost(self) -> None:
+        """Take account of ranks that have died."""
+        failed = failed_ranks(self._comm)
+        if failed and self.servers > 1:
+            raise UserError(
+                f"rank {min(failed)} was lost: with several parameter servers (server.servers) a "
+                "run does not go on without it; resume it"
+            )
+        for worker in sorted(self.present):
+            rank = self._rank(worker)
+            if rank in failed:
+                self.present.discard(worker)
+                self._lost.append(worker)
+                self._requests[worker - 1] = MPI.REQUEST_NULL
 
     def order(self, worker: int, order: Order) -> None:
         self._post(order.pack(), self._rank(worker), ORDER)
+
+    def regroup(self) -> bool:
+        groups = Groups.of_survivors(self._comm)
+        if groups is not None:
+            self._groups = groups
+        return groups is not None
 
     def distribute(self, model: Tensor) -> Tensor:
         for server in range(1, self.servers):
@@ -191,7 +267,7 @@ class MpiServerLink(_MpiSliceLink):
             wait_until(request.Test)
 
     def interrupt(self) -> None:
-        for worker in range(1, self.workers + 1):
+        for worker in self.present:
             self._post(bytearray(0), self._rank(worker), INTERRUPT)
 
 
@@ -223,7 +299,7 @@ class MpiFollowerLink(_MpiSliceLink):
         return Instruction.unpack(self._instruction)
 
     def hand_in(self, model: Tensor) -> None:
-        self._keep(self._comm.Isend(model, SERVER, SLICE), model)
+        self._keep(model, SERVER, SLICE, model)
 
     def close(self) -> None:
         self._request.Free()

@@ -101,6 +101,7 @@ class VirtualWorkerLink:
         self._slowness = slowness
         self._model = torch.empty(0)
         self._order: Order | None = None
+        self._weight = 0.0
         self._to_push = 0
         self._to_pull = 0
 
@@ -117,22 +118,22 @@ class VirtualWorkerLink:
     def interrupted(self) -> bool:
         return self._cluster.server.is_interrupted
 
-    async def join(self, model: Tensor) -> Order:
-        return await self._report_and_wait(Report(ReportKind.JOIN), model, pushed=0)
+    async def report(self, report: Report, model: Tensor) -> Order:
+        return await self._report_and_wait(report, model, pushed=0)
 
     async def exchange(self, report: Report, model: Tensor) -> Order:
         return await self._report_and_wait(report, model, pushed=model.numel())
-
-    async def reduce(self, report: Report, model: Tensor) -> Order:
-        return await self._report_and_wait(report, model, pushed=0)
 
     async def leave(self, report: Report) -> None:
         self._cluster.server.deliver(self.rank, report)
 
     def take_order(self, order: Order) -> None:
         """Receive the root's answer."""
-        self._order = order
-        self._go_on_if_answered()
+        if order.kind == OrderKind.REDUCE:
+            self._weight, self._to_pull = order.weight, self._model.numel()
+        else:
+            self._order = order
+            self._go_on_if_answered()
 
     def push(self, part: slice) -> Tensor:
         """The committed values of that part of the model, for the server that receives them."""
@@ -142,8 +143,9 @@ class VirtualWorkerLink:
 
     def weighted(self, part: slice) -> Tensor:
         """That part of the model, scaled for a reduction."""
-        assert self._order is not None, f"worker {self.rank} has no order"
-        return self._model[part].mul_(self._order.weight)
+        if not self._weight:
+            return torch.zeros_like(self._model[part])
+        return self._model[part] * self._weight
 
     def pull(self, part: slice, values: Tensor) -> None:
         """Receive a part of the model."""
@@ -165,8 +167,7 @@ class VirtualWorkerLink:
         """Go on once the order is there, and all parts of models have arrived both ways."""
         if self._order is None or self._to_push:
             return
-        # A model comes with the next round, or as the result of a reduction.
-        if not self._to_pull or not (self._order.kind == OrderKind.TRAIN or self._order.weight):
+        if not self._to_pull or self._order.kind == OrderKind.STOP:
             self._wake()
 
     def _wake(self, delay: float = 0.0) -> None:
@@ -223,6 +224,8 @@ class _VirtualSliceLink:
 class VirtualServerLink(_VirtualSliceLink):
     """The root server's end of the link; see `hpc_hdb.cluster.link.ServerLink`."""
 
+    patience = float("inf")
+
     def __init__(self, cluster: Cluster, workers: int) -> None:
         super().__init__(cluster, SERVER)
         self.workers = workers
@@ -251,6 +254,12 @@ class VirtualServerLink(_VirtualSliceLink):
 
     def order(self, worker: int, order: Order) -> None:
         self._cluster.workers[worker - 1].take_order(order)
+
+    def regroup(self) -> bool:
+        return True
+
+    def fence(self, worker: int) -> None:
+        raise NotImplementedError("workers of a simulation do not die")
 
     def distribute(self, model: Tensor) -> Tensor:
         for follower in self._cluster.followers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from hpc_hdb.errors import UserError
+from hpc_hdb.errors import InfeasiblePlan, UserError
 from hpc_hdb.plan.batch_time import BatchTime
 from hpc_hdb.plan.dual_batch import DualBatchPlan, Group, plan_dual_batch
 from hpc_hdb.plan.progressive import Stage
@@ -50,6 +50,28 @@ class TrainingPlan:
             max(0.0, stage.end_epoch - max(stage.start_epoch, start_epoch)) * plan.epoch_seconds
             for stage, plan in zip(self.stages, self.plans, strict=True)
         )
+
+    def for_workers(self, workers: int, small_workers: int, time_ratio: float) -> TrainingPlan:
+        """The plan of the same training for other workers.
+
+        Parameters
+        ----------
+        workers : int
+        small_workers : int
+            The most that train the small batch; fewer, or none, where that has no plan.
+        time_ratio : float
+            As in `plan_dual_batch`.
+        """
+        stages = [replace(stage, small_batch=None) for stage in self.stages]
+        small = min(small_workers, workers)
+        while True:
+            try:
+                plan = plan_training(stages, self.timing, self.samples, workers, small, time_ratio)
+                return replace(plan, ranks=self.ranks)
+            except InfeasiblePlan:
+                if not small:
+                    raise
+            small -= 1
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""

@@ -9,14 +9,21 @@ through a resume). Events by name:
   ``versions``; again when resumed
 - ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``,
   ``resolution``, ``dropout``, ``large_batch``, ``small_batch``
-- ``commit``: ``commit`` (global count), ``worker``, ``group``, ``trained_as``
-  (the group whose round it was), ``epoch``, ``part``, ``begin``,
+- ``commit``: ``commit`` (global count), ``epochs`` (done so far), ``worker``, ``group``,
+  ``trained_as`` (the group whose round it was), ``epoch``, ``part``, ``begin``,
   ``end``, ``stage``, ``learning_rate``, ``resolution``, ``dropout``, ``batch``, ``pulled_at``
   (commit count of the model it started from), ``samples``, ``steps``, ``loss``, ``accuracy``
   (while training), ``predicted_seconds``, and the seconds of the round
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
 - ``checkpoint``: ``commit``, ``file``
 - ``left_out``: ``commit``, ``file``: a bad image, where those are skipped
+- ``refused``: ``commit``, ``worker``, ``times`` (in a row), ``epoch``, ``stage``,
+  ``learning_rate``: a round that ended in NaN or infinity, and was not merged
+- ``dropped``: as ``refused``: the worker is given no more rounds
+- ``silent``: ``commit``, ``worker``: not heard of for too long
+- ``lost``: ``commit``, ``worker``, ``group``: it has died; others go on
+- ``plan``: ``commit``, ``from_epoch``, ``total`` (commits of the whole run), and what plan.json
+  holds but the timing: the plan for the workers that are left
 - ``leave``: ``worker``, ``group``, and the seconds since its last commit
 - ``resume``: ``commit``, ``seconds``; what was logged after that commit is void
 - ``interrupted``: ``signal``

@@ -149,7 +149,8 @@ def _training_loss(run: Run, group: str | None = None) -> list[tuple[float, floa
     per_epoch = run.facts["commits_per_epoch"]
     for event in run.commits:
         if group in (None, event["group"]):
-            both = sums[(event["commit"] - 1) // per_epoch]
+            epochs = event.get("epochs", event["commit"] / per_epoch)
+            both = sums[math.ceil(epochs) - 1]
             both[0] += event["loss"] * event["samples"]
             both[1] += event["samples"]
     last = run.summary["epochs"]

@@ -21,6 +21,12 @@ from hpc_hdb.report.tables import (
     role_table,
 )
 
+_TROUBLES = {
+    "lost": "was lost: the others take over its share",
+    "silent": "does not answer",
+    "refused": "ended a round in NaN or infinity: it is done again",
+    "dropped": "is dropped: its rounds keep ending in NaN or infinity",
+}
 _LINES_BESIDE_BARS = 12
 """Of a terminal's height, kept for what is printed above the bars of the workers."""
 
@@ -71,7 +77,7 @@ class Progress:
         self.note(plan_lines(plan, servers))
         self.console.print(plan_table(plan))
         self._run = self._live.add_task(
-            self._epoch(self._resumed_at),
+            self._epoch(self._resumed_at / self._commits_per_epoch),
             total=self._epochs * self._commits_per_epoch,
             completed=self._resumed_at,
             note="",
@@ -100,13 +106,19 @@ class Progress:
             return
         if name == "commit":
             self._live.update(
-                self._run, completed=event["commit"], description=self._epoch(event["commit"])
+                self._run, completed=event["commit"], description=self._epoch(event["epochs"])
             )
             if event["worker"] in self._workers:
                 note = f"{event['resolution']} px, batch {event['batch']}, loss {event['loss']:.3f}"
                 self._live.reset(self._workers[event["worker"]], note=note)
         elif name == "progress" and event["worker"] in self._workers:
             self._live.update(self._workers[event["worker"]], completed=event["samples"])
+        elif name == "plan":
+            self._live.update(self._run, total=event["total"])
+            self.note(_crew(event))
+        elif name in _TROUBLES:
+            self._take_away(event["worker"], name)
+            self.note(f"[{event['time']:8.1f} s] worker {event['worker']} {_TROUBLES[name]}")
         elif name == "evaluation":
             self._live.update(self._run, note=f"accuracy {event['accuracy']:.2%}")
             self.note(
@@ -136,5 +148,20 @@ class Progress:
         self.console.print(role_table(summary))
         self.note(f"run folder: {folder}\nplots and tables: hdb report {shlex.quote(str(folder))}")
 
-    def _epoch(self, commit: int) -> str:
-        return f"epoch {commit / self._commits_per_epoch:.1f} of {self._epochs}"
+    def _take_away(self, worker: int, trouble: str) -> None:
+        """Remove the bar of a worker that is gone."""
+        if trouble in ("lost", "dropped") and worker in self._workers:
+            self._live.remove_task(self._workers.pop(worker))
+
+    def _epoch(self, epochs: float) -> str:
+        return f"epoch {epochs:.1f} of {self._epochs}"
+
+
+def _crew(plan: Event) -> str:
+    """Who goes on by a new plan, and from when."""
+    small = plan["small_workers"]
+    large = plan["workers"] - small
+    who = f"{large} large-batch and {small} small-batch" if small else f"{large} large-batch"
+    return f"{'':13}{who} worker{'s' * (large + small > 1)} go on, by a new plan from epoch " + str(
+        plan["from_epoch"] + 1
+    )

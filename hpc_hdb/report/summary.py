@@ -34,6 +34,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
           ``versions``
         - once evaluated: ``final_accuracy``, ``final_loss``, ``best_accuracy``, ``best_epoch``
         - where bad images were left out: ``left_out``, their names
+        - where workers died or were dropped: ``lost_workers``, their numbers
         - ``stages``: see `_stages`
         - ``roles``: for each role its ``workers``, the mean seconds of one of them in each of
           `ACTIVITIES` and in none of them (``other``: starting up, rounds that an interruption
@@ -55,7 +56,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "small_workers": about["small_workers"],
         "ranks_per_worker": about["ranks_per_worker"],
         "commits": done,
-        "epochs": round(done / about["commits_per_epoch"], 3),
+        "epochs": round(_epochs(commits, about["commits_per_epoch"]), 3),
         "images": images,
         "seconds": seconds,
         "images_per_second": images / seconds if seconds else 0.0,
@@ -71,6 +72,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
             "best_accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
         }
+    if lost := [event["worker"] for event in events if event["event"] in ("lost", "dropped")]:
+        summary["lost_workers"] = lost
     if left_out := {event["file"] for event in events if event["event"] == "left_out"}:
         summary["left_out"] = sorted(left_out)
     rounds_per_epoch = about["commits_per_epoch"] // about["workers"]
@@ -105,6 +108,13 @@ def run_facts(events: Sequence[Event]) -> Event:
         if event["event"] == "start":
             known |= event
     return known
+
+
+def _epochs(commits: Sequence[Event], commits_per_epoch: int) -> float:
+    """Epochs done."""
+    if not commits:
+        return 0.0
+    return commits[-1].get("epochs", commits[-1]["commit"] / commits_per_epoch)
 
 
 def _state(events: Sequence[Event]) -> str:

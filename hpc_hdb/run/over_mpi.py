@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from hpc_hdb.cluster.failures import completed, failed_ranks, is_failure
 from hpc_hdb.cluster.group_links import LeaderLink, MemberLink
 from hpc_hdb.cluster.groups import RankGroup, split_workers
 from hpc_hdb.cluster.link import WorkerLink, complete
@@ -50,6 +51,9 @@ from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.worker import run_worker
 
+_STATUS = 20
+"""Tag of the message that ends a run."""
+
 
 def train_over_mpi(
     settings: Settings,
@@ -66,14 +70,14 @@ def train_over_mpi(
         Where the ranks find a copy of ``data.path``, as on each node's own disk.
     """
     comm = world()
-    status = 0
-    if comm.rank == SERVER:
-        status = _server(comm, settings, name, resume, progress, data_copy)
-    else:
-        _follower_or_worker(comm)
-    status = _agree_on_status(comm, status)
-    comm.Free()
-    return status
+    try:
+        if comm.rank == SERVER:
+            return _tell_status(comm, _server(comm, settings, name, resume, progress, data_copy))
+        return _follower_or_worker(comm)
+    except MPI.Exception as error:
+        if not is_failure(error):
+            raise
+        raise UserError(_lost_rank(comm, failed_ranks(comm))) from None
 
 
 def _server(
@@ -109,7 +113,7 @@ def _run(
 ) -> int:
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
-        check_resumed_ranks(plan, settings.server.server_ranks, comm.size, folder)
+        check_resumed_ranks(plan, settings, comm.size, folder)
     workers = _workers(comm.size, settings)
     own = settings
     if data_copy is not None:
@@ -156,21 +160,28 @@ def _run(
     return status
 
 
-def _follower_or_worker(comm: MPI.Intracomm) -> None:
+def _follower_or_worker(comm: MPI.Intracomm) -> int:
     for number in STOP_SIGNALS:
         # A launcher signals every rank; rank 0 decides what becomes of the run.
         signal.signal(number, signal.SIG_IGN)
     job = _broadcast_json(comm, None)
     if not job:
-        return
+        return _hear_status(comm)
     settings = Settings.model_validate(job["settings"])
     follows = comm.rank < settings.server.server_ranks
     place = _place(comm, _on_cpu(settings) if follows else settings)
     sizes = {int(side): batches for side, batches in job["sweeps"].items()}
-    if follows:
-        _follower(comm, settings, place, sizes)
-    else:
-        _worker(comm, settings, place, sizes, Path(job["folder"]))
+    try:
+        if follows:
+            _follower(comm, settings, place, sizes)
+        else:
+            _worker(comm, settings, place, sizes, Path(job["folder"]))
+        return _hear_status(comm)
+    except MPI.Exception as error:
+        if not is_failure(error):
+            raise
+        lost = _lost_rank(comm, failed_ranks(comm))
+        raise UserError(f"{lost}: go on with hdb train --resume {job['folder']}") from None
 
 
 def _on_cpu(settings: Settings) -> Settings:
@@ -239,10 +250,12 @@ def _workers(ranks: int, settings: Settings) -> int:
     return count_workers(ranks, server.servers, server.ranks_per_worker)
 
 
-def check_resumed_ranks(plan: TrainingPlan, servers: int, ranks: int, folder: RunFolder) -> None:
-    """Raise UserError where an interrupted run is resumed with another number of ranks."""
-    before = plan.shares.workers * plan.ranks + servers
-    if ranks != before:
+def check_resumed_ranks(
+    plan: TrainingPlan, settings: Settings, ranks: int, folder: RunFolder
+) -> None:
+    """Raise UserError where a run of all-reduce is resumed with another number of ranks."""
+    before = plan.shares.workers * plan.ranks
+    if settings.server.sync == "allreduce" and ranks != before:
         raise UserError(
             f"{folder.path} was started with {before} ranks: "
             f"resume it with mpirun -n {before}, not {ranks}"
@@ -286,8 +299,25 @@ def _broadcast_json(comm: MPI.Intracomm, value: dict[str, Any] | None) -> dict[s
     return json.loads(data)
 
 
-def _agree_on_status(comm: MPI.Intracomm, status: int) -> int:
-    """Rank 0's exit status, on every rank."""
+def _tell_status(comm: MPI.Intracomm, status: int) -> int:
+    """Send the exit status of rank 0 to all ranks that are left."""
     box = np.array([status], dtype=np.int64)
-    wait_until(comm.Ibcast(box, SERVER).Test)
+    ranks = set(range(comm.size)) - {SERVER} - failed_ranks(comm)
+    for request in [comm.Isend(box, rank, _STATUS) for rank in ranks]:
+        wait_until(lambda request=request: completed(request))
+    return status
+
+
+def _hear_status(comm: MPI.Intracomm) -> int:
+    """The exit status of rank 0."""
+    box = np.empty(1, dtype=np.int64)
+    wait_until(comm.Irecv(box, SERVER, _STATUS).Test)
     return int(box[0])
+
+
+def _lost_rank(comm: MPI.Intracomm, lost: set[int]) -> str:
+    """Which ranks were lost, in words."""
+    if SERVER in lost:
+        return f"rank {SERVER}, the parameter server, was lost"
+    ranks = ", ".join(map(str, sorted(lost)))
+    return f"rank {ranks} was lost" if ranks else "another rank was lost"

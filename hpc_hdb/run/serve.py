@@ -98,7 +98,7 @@ def serve(
         return 128 + interruption.signal_number
     finally:
         progress.close()
-    log.emit("end", {"commit": plan_commits(settings, plan)})
+    log.emit("end", {"commit": server.commits})
     log.close()
     evaluator.parameters.flat.copy_(model)
     write_atomically(folder.model, evaluator.parameters.model.state_dict())
@@ -114,11 +114,6 @@ def has_finished(folder: RunFolder, progress: Progress) -> bool:
         where = folder.path
         progress.note(f"{where} has finished: nothing to resume; see hdb report {where}")
     return folder.finished
-
-
-def plan_commits(settings: Settings, plan: TrainingPlan) -> int:
-    """Commits of the whole run."""
-    return plan.stages[-1].end_epoch * plan.shares.workers * settings.server.commits_per_epoch
 
 
 def _last_evaluated(folder: RunFolder) -> int:

@@ -123,8 +123,8 @@ async def _commit_rounds(
     link: MpiWorkerLink, model: Tensor, bulk_synchronous: bool, pause: float
 ) -> None:
     """The loop of `hpc_hdb.train.worker.run_worker`, asleep instead of training."""
-    commit = link.reduce if bulk_synchronous else link.exchange
-    order = await link.join(model)
+    commit = link.report if bulk_synchronous else link.exchange
+    order = await link.report(Report(ReportKind.JOIN), model)
     while order.kind == OrderKind.TRAIN:
         if pause:
             time.sleep(pause)

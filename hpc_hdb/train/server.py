@@ -6,19 +6,23 @@ Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Param
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpc_hdb.cluster.link import ServerLink
+from hpc_hdb.cluster.link import ReductionBroken, ServerLink, WorkerLost
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import group_of
 from hpc_hdb.config import Settings
-from hpc_hdb.plan import Group, RoundBook, TrainingPlan
+from hpc_hdb.errors import UserError
+from hpc_hdb.plan import Group, Round, RoundBook, TrainingPlan
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.checkpoint import Checkpoint
+from hpc_hdb.train.crew import Crew
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.merge import MERGES, reduction_weights
@@ -27,6 +31,8 @@ from hpc_hdb.train.snapshots import Emit, Snapshots
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
 """For the workers to come out of a step, once a run is interrupted."""
+_SILENT_ROUNDS = 3.0
+"""A worker counts as silent no sooner than after so many predicted times of its round."""
 
 
 class Interrupted(Exception):
@@ -81,19 +87,22 @@ class ParameterServer:
         self._book = RoundBook(
             plan.shares, plan.stages, plan.samples, settings.server.commits_per_epoch
         )
+        self._plans = {0: plan}
         self._model = GlobalModel(link, model, MERGES[settings.server.merge])
-        self._present = set(range(1, link.workers + 1))
-        self._active = set(self._present)
-        self._waiting: set[int] = set()
+        workers, small_workers = link.workers, min(plan.shares.small_workers, link.workers)
+        self._crew = Crew([group_of(w, workers, small_workers) for w in range(1, workers + 1)])
         self._left_out: set[str] = set()
         self._image_name = image_name
-        self._orders: dict[int, Order] = {}
-        self._worker_commits = dict.fromkeys(self._present, 0)
-        self._stage = -1
+        self._stage = self._announced = -1
+        self._silent: set[int] = set()
+        self._undone: set[int] = set()
+        self._regroup = False
+        self._reductions = 0
+        self._checkpoints = checkpoints
         self._snapshots = Snapshots(
             self._model,
             self._book,
-            self._worker_commits,
+            self._crew.commits,
             link,
             settings.run,
             evaluator,
@@ -105,7 +114,7 @@ class ParameterServer:
         self._inline = inline
 
     def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
-        """Go on from a checkpoint, before `run`.
+        """Go on from a checkpoint, before `run`; with any number of workers.
 
         Parameters
         ----------
@@ -115,8 +124,19 @@ class ParameterServer:
         """
         self._model.initial.copy_(checkpoint.model)
         self._book.restore(checkpoint.rounds)
-        self._worker_commits.update(checkpoint.worker_commits)
+        for cut in self._book.cuts[1:]:
+            self._plans[cut.start_epoch] = self._plan.for_workers(
+                cut.workers, cut.small_workers, self._settings.plan.time_ratio
+            )
+        self._crew.commits.update(checkpoint.worker_commits)
         self._snapshots.resume(checkpoint, evaluated)
+        if self._book.cuts[-1].workers != len(self._crew.active):
+            self._replan()
+
+    @property
+    def commits(self) -> int:
+        """Commits merged so far, of all workers."""
+        return self._book.commits
 
     async def run(self) -> Tensor:
         """Serve until training ends.
@@ -130,22 +150,25 @@ class ParameterServer:
         ------
         Interrupted
             After a signal, once the checkpoint is written and the workers have left.
+        UserError
+            If no worker is left to train, or none whose training stays finite.
         """
         if not self._inline:
             # Merges are bound by memory, and the worker that waits for one polls on some core.
             torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         self._model.distribute()
         try:
-            while self._waiting < self._active:
-                await self._next_report(ReportKind.JOIN)
+            while self._crew.active - self._crew.waiting:
+                await self._next_report()
             await self._snapshots.evaluate_if_due()
             await self._send_rounds()
             if self._settings.server.synchronous:
                 await self._serve_bulk_synchronously()
             else:
                 await self._serve_asynchronously()
-            while self._present:
-                await self._next_report(ReportKind.LEAVE)
+            self._stop(self._crew.waiting)
+            while self._crew.present:
+                await self._next_report()
         except Interrupted:
             await self._interrupt()
             self._model.end()
@@ -157,69 +180,117 @@ class ParameterServer:
 
     async def _serve_asynchronously(self) -> None:
         """ASP and SSP: merge each commit as it comes; its worker goes on at once where it may."""
-        while self._active:
-            worker, report = await self._next_report(ReportKind.COMMIT)
-            await self._snapshots.make_room(worker)
-            self._count_commit(worker, report)
-            reply = self._may_go_on(worker) and self._send_next_order(worker)
-            await self._model.merge(worker, self._factor(report), reply)
+        while not self._book.finished:
+            worker, report = await self._next_report()
+            if report.kind == ReportKind.COMMIT:
+                await self._take_commit(worker, report)
             await self._after_commits()
             await self._send_rounds()
 
+    async def _take_commit(self, worker: int, report: Report) -> None:
+        await self._snapshots.make_room(worker)
+        event = self._count_commit(worker, report)
+        reply = self._may_go_on(worker) and self._send_next_order(worker)
+        try:
+            await self._model.merge(worker, self._factor(report), reply)
+        except WorkerLost:
+            self._uncount_commit(worker, report)
+        else:
+            self._emit("commit", event)
+            self._announce_stage()
+
     async def _serve_bulk_synchronously(self) -> None:
         """BSP: one reduction over all workers each round."""
-        workers = sorted(self._active)
-        while self._active:
+        while not self._book.finished:
             reports: dict[int, Report] = {}
-            while len(reports) < len(workers):
-                worker, report = await self._next_report(ReportKind.COMMIT)
-                await self._snapshots.make_room(worker)
-                reports[worker] = report
-            for worker in workers:
-                self._count_commit(worker, reports[worker])
-            weights = reduction_weights([self._factor(reports[worker]) for worker in workers])
-            for worker, weight in zip(workers, weights, strict=True):
-                self._send_next_order(worker, weight)
-            await self._model.reduce()
+            while self._crew.active - self._crew.waiting:
+                worker, report = await self._next_report()
+                if report.kind == ReportKind.COMMIT:
+                    await self._snapshots.make_room(worker)
+                    reports[worker] = report
+                elif worker in self._undone:
+                    await self._send_again(worker)
+            await self._reduce(reports)
             await self._after_commits()
+            await self._send_rounds()
+
+    async def _reduce(self, reports: dict[int, Report]) -> None:
+        """Merge what all workers have committed; again without those that die meanwhile."""
+        while commits := {w: r for w, r in sorted(reports.items()) if w in self._crew.waiting}:
+            weights = reduction_weights([self._factor(report) for report in commits.values()])
+            self._undone.clear()
+            self._reductions += 1
+            order = Order(OrderKind.REDUCE, index=self._reductions, regroup=self._regroup)
+            for worker in sorted(self._crew.waiting):
+                order.weight = 0.0  # of those that have nothing to commit
+                if worker in commits:
+                    order.weight = weights[list(commits).index(worker)]
+                self._link.order(worker, order)
+            if (not self._regroup or self._link.regroup()) and await self._reduced():
+                self._regroup = False
+                self._crew.lacking.clear()
+                for worker, report in commits.items():
+                    self._emit("commit", self._count_commit(worker, report))
+                return
+            self._regroup = True
+            while self._crew.waiting - self._undone:
+                await self._next_report()
+
+    async def _reduced(self) -> bool:
+        try:
+            await self._model.reduce()
+        except ReductionBroken:
+            return False
+        return True
+
+    async def _send_again(self, worker: int) -> None:
+        """The worker has missed the end of a reduction that was done elsewhere."""
+        self._undone.discard(worker)
+        self._regroup = True
+        if worker in self._crew.waiting:
+            self._crew.lacking.add(worker)
+        elif worker in self._crew.active:
+            await self._model.send(worker)
 
     async def _send_rounds(self) -> None:
         """Give every worker that waits its next round, unless it must wait for others (SSP)."""
-        # An order to stop takes a worker out of the count, which may let others go on.
-        while ready := [worker for worker in sorted(self._waiting) if self._may_go_on(worker)]:
-            for worker in ready:
-                if self._send_next_order(worker):
-                    await self._model.send(worker)
+        for worker in sorted(self._crew.active & self._crew.waiting):
+            if not self._may_go_on(worker):
+                continue
+            lacking = worker in self._crew.lacking
+            if not self._send_next_order(worker):
+                break  # nothing is left to do; what is under way may yet come back
+            if lacking:
+                await self._model.send(worker)
+        assert self._book.finished or not self._book.idle, "a round was lost"
+        self._announce_stage()
 
     def _may_go_on(self, worker: int) -> bool:
         """Whether a worker that has committed may start its next round (SSP's bound)."""
         if self._settings.server.sync != "ssp":
             return True
-        slowest = min(self._worker_commits[other] for other in self._active)
-        return self._worker_commits[worker] - slowest <= self._settings.server.staleness
+        slowest = min(self._crew.commits[other] for other in self._crew.active)
+        return self._crew.commits[worker] - slowest <= self._settings.server.staleness
 
-    def _send_next_order(self, worker: int, weight: float = 0.0) -> bool:
-        """Order a worker that waits to train its next round, or to stop; whether to train."""
-        order = self._next_order(worker)
-        order.weight = weight
-        self._waiting.remove(worker)
-        self._link.order(worker, order)
-        return order.kind == OrderKind.TRAIN
-
-    def _next_order(self, worker: int) -> Order:
-        """The worker's next round, or the order to stop."""
-        work = self._book.hand_out(self._group(worker))
+    def _send_next_order(self, worker: int) -> bool:
+        """Order a worker that waits to train its next round; whether there is one."""
+        work = self._book.hand_out(self._crew.group(worker))
         if work is None:
-            self._active.discard(worker)
-            return Order(OrderKind.STOP)
-        number = self._book.stage
-        stage, batch = self._plan.stages[number], self._plan.batch(number, work.group)
+            return False
+        self._send_order(worker, self._order(worker, work))
+        return True
+
+    def _send_order(self, worker: int, order: Order) -> None:
+        self._crew.note_order(worker, order, self._link.now())
+        self._link.order(worker, order)
+
+    def _order(self, worker: int, work: Round) -> Order:
+        self._stage = number = self._book.stage
+        plan = self._plan_of(work.group, work.index)
+        stage, batch = plan.stages[number], plan.batch(number, work.group)
         following = self._book.next_stage
-        if number != self._stage:
-            self._stage = number
-            self._emit("stage", {"commit": self._book.commits, "stage": number} | vars(stage))
         samples = work.end - work.begin
-        order = Order(
+        return Order(
             OrderKind.TRAIN,
             small=work.group is Group.SMALL,
             index=work.index,
@@ -231,80 +302,171 @@ class ParameterServer:
             stage=number,
             resolution=stage.resolution,
             batch=batch,
-            next_resolution=self._plan.stages[following].resolution,
-            next_batch=self._plan.batch(following, work.group),
+            next_resolution=plan.stages[following].resolution,
+            next_batch=plan.batch(following, work.group),
             commits=self._book.commits,
-            worker_commits=self._worker_commits[worker],
+            worker_commits=self._crew.commits[worker],
             learning_rate=stage.learning_rate,
             dropout=stage.dropout,
-            predicted_seconds=self._plan.timing[stage.resolution].of_steps(
+            predicted_seconds=plan.timing[stage.resolution].of_steps(
                 samples, len(split_evenly(samples, batch))
             ),
         )
-        self._orders[worker] = order
-        return order
 
-    def _count_commit(self, worker: int, report: Report) -> None:
-        order = self._orders[worker]
+    def _announce_stage(self) -> None:
+        """Log that a stage has begun, once workers have been sent into it."""
+        number = self._stage
+        if number != self._announced:
+            self._announced = number
+            stage = self._plan.stages[number]
+            self._emit("stage", {"commit": self._book.commits, "stage": number} | vars(stage))
+
+    def _count_commit(self, worker: int, report: Report) -> dict[str, Any]:
+        """Count a commit; the event to log once it is merged."""
+        order = self._crew.order_of(worker)
         self._book.commit(_trained_as(report), report.index)
-        self._worker_commits[worker] += 1
-        self._emit(
-            "commit",
-            {
-                "commit": self._book.commits,
-                "worker": worker,
-                "group": self._group(worker).value,
-                "trained_as": _trained_as(report).value,
-                "epoch": order.epoch,
-                "part": order.part,
-                "begin": order.begin,
-                "end": order.end,
-                "stage": order.stage,
-                "learning_rate": order.learning_rate,
-                "resolution": order.resolution,
-                "dropout": order.dropout,
-                "batch": order.batch,
-                "pulled_at": order.commits,
-                "samples": report.samples,
-                "steps": report.steps,
-                "loss": report.loss / max(report.samples, 1),
-                "accuracy": report.correct / max(report.samples, 1),
-                "predicted_seconds": order.predicted_seconds,
-            }
-            | _seconds(report),
-        )
+        self._crew.commits[worker] += 1
+        self._crew.refused[worker] = 0
+        return {
+            "commit": self._book.commits,
+            "epochs": round(self._book.epoch, 6),
+            "worker": worker,
+            "group": self._crew.group(worker).value,
+            "trained_as": _trained_as(report).value,
+            "epoch": order.epoch,
+            "part": order.part,
+            "begin": order.begin,
+            "end": order.end,
+            "stage": order.stage,
+            "learning_rate": order.learning_rate,
+            "resolution": order.resolution,
+            "dropout": order.dropout,
+            "batch": order.batch,
+            "pulled_at": order.commits,
+            "samples": report.samples,
+            "steps": report.steps,
+            "loss": report.loss / max(report.samples, 1),
+            "accuracy": report.correct / max(report.samples, 1),
+            "predicted_seconds": order.predicted_seconds,
+        } | _seconds(report)
+
+    def _uncount_commit(self, worker: int, report: Report) -> None:
+        """A commit was cut short by its worker's death: its round is to be done again."""
+        self._book.take_back(_trained_as(report), report.index)
+        self._book.give_back(_trained_as(report), report.index)
+        self._crew.commits[worker] -= 1
 
     async def _after_commits(self) -> None:
         """Evaluate and write a checkpoint where one is due."""
         await self._snapshots.evaluate_if_due()
         await self._snapshots.save_if_due()
 
-    async def _next_report(self, kind: ReportKind) -> tuple[int, Report]:
-        """The next report of that kind; progress and departures are dealt with on the way."""
+    async def _next_report(self) -> tuple[int, Report]:
+        """The next report that changes who is there, waits or trains; others are dealt with."""
         while True:
             self._snapshots.poll()
             if self._signal_number():
                 raise Interrupted(self._signal_number())
+            self._watch()
             item = await self._link.next_report(_POLL_SECONDS)
             if item is None:
                 continue
             worker, report = item
             self._note(worker, report)
-            if report.kind == kind:
+            if report.kind not in (ReportKind.PROGRESS, ReportKind.LEFT_OUT):
                 return worker, report
 
     def _note(self, worker: int, report: Report) -> None:
-        """Keep account of who waits for an order, who is under way and who has left."""
+        """Keep account of a report."""
+        if report.kind == ReportKind.LOST:
+            self._lose(worker)
+            return
+        self._crew.note_report(worker, report, self._link.now())
         if report.kind == ReportKind.PROGRESS:
             self._emit("progress", {"worker": worker, "samples": report.samples})
         elif report.kind == ReportKind.LEFT_OUT:
             self._note_left_out(self._image_name(report.index))
+        elif report.kind == ReportKind.UNDONE and report.index == self._reductions:
+            self._undone.add(worker)
+        elif report.kind == ReportKind.DIVERGED:
+            self._refuse(worker, report)
         elif report.kind == ReportKind.LEAVE:
-            self._present.discard(worker)
-            group = self._group(worker).value
+            group = self._crew.group(worker).value
             self._emit("leave", {"worker": worker, "group": group} | _seconds(report))
-        else:
-            self._waiting.add(worker)
+
+    def _refuse(self, worker: int, report: Report) -> None:
+        """A round has ended in NaN or infinity: it is done again, from the last good model."""
+        order = self._crew.order_of(worker)
+        self._book.give_back(_trained_as(report), report.index)
+        self._crew.refused[worker] += 1
+        where = {"epoch": order.epoch, "stage": order.stage, "learning_rate": order.learning_rate}
+        self._emit(
+            "refused",
+            {"commit": self._book.commits, "worker": worker, "times": self._crew.refused[worker]}
+            | where,
+        )
+        if self._crew.refused[worker] < self._settings.server.refusals:
+            return
+        self._crew.dismiss(worker)
+        self._emit("dropped", {"commit": self._book.commits, "worker": worker} | where)
+        if not self._crew.active:
+            raise UserError(
+                f"training diverged (loss or weights no longer finite) in epoch {order.epoch}, "
+                f"stage {order.stage} (learning rate {order.learning_rate:g}, "
+                f"{order.resolution}x{order.resolution}), on every worker: lower "
+                "schedule.learning_rate and start again; the checkpoints written before are good"
+            )
+        if not self._settings.server.synchronous:  # else it takes part in reductions, with nothing
+            self._stop({worker})
+        self._replan()
+
+    def _lose(self, worker: int) -> None:
+        """A worker has died: others do what it leaves undone."""
+        trained = worker in self._crew.active
+        order = self._crew.lose(worker)
+        if order is not None and self._book.under_way(_trained_as(order), order.index):
+            self._book.give_back(_trained_as(order), order.index)
+        self._regroup = True
+        group = self._crew.group(worker).value
+        self._emit("lost", {"commit": self._book.commits, "worker": worker, "group": group})
+        if not trained or self._book.finished:
+            return
+        if not self._crew.active:
+            folder = "RUN" if self._checkpoints is None else self._checkpoints.parent
+            raise UserError(f"all workers were lost: go on with hdb train --resume {folder}")
+        self._replan()
+
+    def _replan(self) -> None:
+        """Solve the plan for the workers that are left; it holds from the next epoch on."""
+        plan = self._plan.for_workers(
+            len(self._crew.active), self._crew.small_workers, self._settings.plan.time_ratio
+        )
+        self._crew.regroup(plan.shares.small_workers)
+        epoch = self._book.recut(plan.shares)
+        self._plans[epoch] = plan
+        self._emit(
+            "plan",
+            {"commit": self._book.commits, "from_epoch": epoch, "total": self._book.total}
+            | {k: v for k, v in plan.to_dict().items() if k not in ("timing", "samples")},
+        )
+
+    def _watch(self) -> None:
+        """Report workers that have not been heard of for long, and end them if so configured."""
+        if self._inline:  # nobody else runs now
+            return
+        server = self._settings.server
+        silent = self._crew.silent(self._link.now(), server.silent_seconds, _SILENT_ROUNDS)
+        for worker in silent:
+            if worker not in self._silent:
+                self._emit("silent", {"commit": self._book.commits, "worker": worker})
+                if server.silent_worker == "drop":
+                    self._link.fence(worker)
+        self._silent = set(silent)
+
+    def _stop(self, workers: set[int]) -> None:
+        """Let workers that wait for an order go."""
+        for worker in sorted(workers & self._crew.waiting):
+            self._send_order(worker, Order(OrderKind.STOP))
 
     def _note_left_out(self, file: str) -> None:
         if file not in self._left_out:
@@ -316,27 +478,32 @@ class ParameterServer:
         await self._snapshots.interrupt()
         self._link.interrupt()
         deadline = self._link.now() + _LEAVE_SECONDS
-        while self._present and self._link.now() < deadline:
-            for worker in sorted(self._waiting):
-                self._link.order(worker, Order(OrderKind.STOP))
-            self._waiting.clear()
+        while self._crew.present and self._link.now() < deadline:
+            self._stop(self._crew.waiting)
             item = await self._link.next_report(_POLL_SECONDS)
-            if item is not None:
-                worker, report = item
-                self._note(worker, report)
-                if report.kind == ReportKind.COMMIT and not self._settings.server.synchronous:
+            if item is None:
+                continue
+            worker, report = item
+            if report.kind == ReportKind.LOST:
+                self._crew.lose(worker)
+                continue
+            self._note(worker, report)
+            if report.kind == ReportKind.COMMIT and not self._settings.server.synchronous:
+                with contextlib.suppress(WorkerLost):
                     await self._model.drop(worker)
 
-    def _group(self, worker: int) -> Group:
-        return group_of(worker, self._link.workers, self._plan.shares.small_workers)
+    def _plan_of(self, group: Group, index: int) -> TrainingPlan:
+        """The plan by which that round was cut."""
+        return self._plans[self._book.cuts[self._book.cut_of(group, index)].start_epoch]
 
     def _factor(self, report: Report) -> float:
-        return self._plan.shares.factor(_trained_as(report))
+        group = _trained_as(report)
+        return self._plan_of(group, report.index).shares.factor(group)
 
 
-def _trained_as(report: Report) -> Group:
-    """Whose round a commit ends; mostly that of the worker's own group."""
-    return Group.SMALL if report.small else Group.LARGE
+def _trained_as(work: Report | Order) -> Group:
+    """Whose round that is; mostly that of the worker's own group."""
+    return Group.SMALL if work.small else Group.LARGE
 
 
 def _seconds(report: Report) -> dict[str, float]:

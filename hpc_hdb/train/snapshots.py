@@ -71,10 +71,10 @@ class Snapshots:
 
     def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
         """Go on after `checkpoint`; `evaluated` as in `ParameterServer.resume`."""
-        self._saved = dict(checkpoint.worker_commits)
+        self._saved = dict(self._worker_commits)
         self._seconds_before = checkpoint.seconds
         self._evaluated = evaluated
-        self._next_evaluation = self._evaluation_after(evaluated / self._book.commits_per_epoch)
+        self._next_evaluation = self._evaluation_after(self._book.epoch_at(evaluated))
 
     def poll(self) -> None:
         """Finish what has ended meanwhile. Raises what it raised."""
@@ -151,7 +151,7 @@ class Snapshots:
 
         def done(path: Path) -> None:
             self._model.release(checkpoint.model)
-            self._saved = checkpoint.worker_commits
+            self._saved.update(checkpoint.worker_commits)
             self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
 
         self._writer.start(lambda: save_checkpoint(folder, checkpoint), done)

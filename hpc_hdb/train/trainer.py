@@ -129,12 +129,13 @@ class Trainer:
         Returns
         -------
         Report or None
-            The COMMIT report, in which counts and loss are of all ranks; None when interrupted.
+            The COMMIT report, in which counts and loss are of all ranks; a DIVERGED one if the
+            loss or the weights are no longer finite; None when interrupted.
 
         Raises
         ------
         UserError
-            If the loss is no longer finite, or a batch does not fit the GPU.
+            If a batch does not fit the GPU.
         """
         report = Report(ReportKind.COMMIT, order.small, order.index)
         report.rebuild_seconds = self._enter_stage(order)
@@ -174,14 +175,10 @@ class Trainer:
         report.correct = int(correct)
         report.data_seconds = batches.seconds
         report.train_seconds = time.perf_counter() - start - batches.seconds
-        # The last step's overflow shows in the model alone, and would reach a checkpoint.
+        # The last step's overflow shows in the model alone.
         if not math.isfinite(report.loss) or not math.isfinite(self.parameters.flat.sum()):
-            raise UserError(
-                f"training diverged (loss {report.loss / max(report.samples, 1):g}) in epoch "
-                f"{order.epoch}, stage {order.stage} (learning rate {order.learning_rate:g}, "
-                f"{order.resolution}x{order.resolution}): lower schedule.learning_rate and start "
-                "again; the checkpoints written before are good"
-            )
+            report.kind = ReportKind.DIVERGED
+            self._optimizer.state.clear()
         return report
 
     def step(

@@ -33,7 +33,7 @@ async def run_worker(
         As in the settings: with how many of them.
     """
     model = trainer.parameters
-    order = await link.join(model.wire)
+    order = await link.report(Report(ReportKind.JOIN), model.wire)
     if order.worker_commits:
         state = None
         if checkpoints is not None:
@@ -48,14 +48,15 @@ async def run_worker(
             order.predicted_seconds, report.train_seconds + report.data_seconds
         )
         model.to_wire()
-        if checkpoints is not None:
+        diverged = report.kind == ReportKind.DIVERGED
+        if checkpoints is not None and not diverged:
             start = time.perf_counter()
             number = order.worker_commits + 1
             save_worker_state(checkpoints, link.rank, number, trainer.state(), checkpoint_every)
             report.checkpoint_seconds = time.perf_counter() - start
         _add_link_seconds(report, link)
-        commit = link.reduce if bulk_synchronous else link.exchange
-        order = await commit(report, model.wire)
+        answer = link.report if bulk_synchronous or diverged else link.exchange
+        order = await answer(report, model.wire)
     last = Report(ReportKind.LEAVE)
     _add_link_seconds(last, link)
     await link.leave(last)

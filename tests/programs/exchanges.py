@@ -79,7 +79,7 @@ async def asp_worker(link: WorkerLink, size: int) -> dict[str, Any]:
     """Every model that came back."""
     model = torch.empty(size)
     pulled = []
-    order = await link.join(model)
+    order = await link.report(Report(ReportKind.JOIN), model)
     number = 0
     while order.kind == OrderKind.TRAIN:
         pulled.append(model.clone())
@@ -104,11 +104,13 @@ async def bsp_server(link: ServerLink, size: int) -> dict[str, Any]:
     merged = []
     for number in range(ROUNDS):
         await inbox.every(ReportKind.COMMIT)
-        kind = OrderKind.STOP if number == ROUNDS - 1 else OrderKind.TRAIN
         for worker, weight in enumerate(weights, 1):
-            link.order(worker, Order(kind, weight=weight))
+            link.order(worker, Order(OrderKind.REDUCE, weight=weight))
         await model.reduce()
         merged.append(await model.hold())
+        kind = OrderKind.STOP if number == ROUNDS - 1 else OrderKind.TRAIN
+        for worker in range(1, link.workers + 1):
+            link.order(worker, Order(kind))
     await inbox.every(ReportKind.LEAVE)
     model.end()
     return {"merged": merged}
@@ -117,13 +119,13 @@ async def bsp_server(link: ServerLink, size: int) -> dict[str, Any]:
 async def bsp_worker(link: WorkerLink, size: int) -> dict[str, Any]:
     """Every model that it committed, and every one that came back."""
     model = torch.empty(size)
-    order = await link.join(model)
+    order = await link.report(Report(ReportKind.JOIN), model)
     committed, merged = [], []
     while order.kind == OrderKind.TRAIN:
         train(model, link.rank, len(merged))
         committed.append(model.clone())
         await link.elapse(1.0, 0.0)
-        order = await link.reduce(Report(ReportKind.COMMIT), model)
+        order = await link.report(Report(ReportKind.COMMIT), model)
         merged.append(model.clone())
     await link.leave(Report(ReportKind.LEAVE))
     return {"committed": committed, "merged": merged}

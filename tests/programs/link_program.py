@@ -85,7 +85,7 @@ async def records_server(link: MpiServerLink) -> dict[str, Any]:
 
 async def records_worker(link: MpiWorkerLink) -> dict[str, Any]:
     model = torch.empty(4)
-    order = await link.join(model)
+    order = await link.report(Report(ReportKind.JOIN), model)
     report = random_record(Report, 100 + link.rank, ReportKind.COMMIT)
     await link.exchange(report, model)
     await link.leave(Report(ReportKind.LEAVE))
@@ -115,7 +115,7 @@ async def progress_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, A
 
 async def progress_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     model = torch.empty(LARGE)
-    await link.join(model)
+    await link.report(Report(ReportKind.JOIN), model)
     for number in range(PROGRESS_REPORTS):
         link.tell(Report(ReportKind.PROGRESS, samples=number))
     meeting.Barrier()
@@ -147,7 +147,7 @@ async def interrupt_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, 
 
 async def interrupt_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     model = torch.empty(4)
-    await link.join(model)
+    await link.report(Report(ReportKind.JOIN), model)
     before = link.interrupted()
     meeting.Barrier()
     if link.rank % 2:
@@ -199,7 +199,7 @@ async def versions_server(link: MpiServerLink, meeting: MPI.Comm) -> dict[str, A
 async def versions_worker(link: MpiWorkerLink, meeting: MPI.Comm) -> dict[str, Any]:
     meeting.Barrier()
     model = torch.empty(LARGE)
-    await link.join(model)
+    await link.report(Report(ReportKind.JOIN), model)
     received = model.unique().tolist()
     await link.exchange(Report(ReportKind.COMMIT), model.fill_(7))
     await link.leave(Report(ReportKind.LEAVE))

@@ -1,0 +1,102 @@
+"""Ranks that die: what MPI says of them, and how a rank that does not answer is ended.
+
+An MPI library with user-level fault mitigation (ULFM) reports a lost rank to those that
+communicate with it, and lets the others go on. In any other one the launcher ends the whole job.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+
+from mpi4py import MPI
+
+from hpc_hdb.errors import UserError
+
+_FAILURES = {
+    getattr(MPI, name)
+    for name in (
+        *("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED"),
+        "ERR_IN_STATUS",  # of a call for several requests, when one of them has failed
+        *("ERR_OTHER", "ERR_INTERN", "ERR_UNKNOWN"),  # what Open MPI's collectives make of it
+    )
+    if hasattr(MPI, name)
+}
+_ADDRESS = struct.Struct("<q64s")
+"""Process number and host name of a rank."""
+
+
+def tolerates_failures() -> bool:
+    """Whether this job goes on without ranks that die: as ``mpirun --with-ft ulfm`` starts it."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "0") in ("1", "true")  # noqa: SIM112
+
+
+def is_failure(error: MPI.Exception) -> bool:
+    """Whether an error says that a rank has died, or that others have noticed it."""
+    return tolerates_failures() and error.Get_error_class() in _FAILURES
+
+
+def failed_ranks(comm: MPI.Comm) -> set[int]:
+    """Ranks of `comm` that this one knows to be dead."""
+    if not tolerates_failures():
+        return set()
+    failed = comm.Get_failed()
+    ranks = set(MPI.Group.Translate_ranks(failed, None, comm.group))
+    failed.Free()
+    return ranks
+
+
+def completed(request: MPI.Request) -> bool:
+    """Whether a request has ended, be it in failure."""
+    try:
+        return request.Test()
+    except MPI.Exception as error:
+        if not is_failure(error):
+            raise
+        return True
+
+
+class Addresses:
+    """Where the ranks of a communicator run; all of them make it at once.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        own = bytearray(_ADDRESS.pack(os.getpid(), socket.gethostname().encode()[:64]))
+        everyone = bytearray(len(own) * comm.size)
+        comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
+        self._of_rank = [
+            (number, host.rstrip(b"\0").decode()) for number, host in _ADDRESS.iter_unpack(everyone)
+        ]
+
+    def describe(self, rank: int) -> str:
+        """Such as ``process 4711 on node7``."""
+        number, host = self._of_rank[rank]
+        return f"process {number} on {host}"
+
+    def kill(self, rank: int) -> None:
+        """End that rank, whatever state it is in.
+
+        Raises
+        ------
+        UserError
+            If it runs on another node and there is no ``srun`` to reach it.
+        """
+        number, host = self._of_rank[rank]
+        if host == socket.gethostname():
+            os.kill(number, signal.SIGKILL)
+        elif "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
+            there = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
+            subprocess.Popen(["srun", *there, "kill", "-KILL", str(number)])
+        else:
+            raise UserError(
+                f"rank {rank} ({self.describe(rank)}) does not answer and cannot be ended from "
+                'here: end it by hand, or set server.silent_worker to "report"'
+            )

@@ -1,0 +1,110 @@
+"""The root server's account of its workers: who is there, who trains, who waits for an order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
+from hpc_hdb.plan import Group
+
+
+class Crew:
+    """Workers by number, from 1.
+
+    Parameters
+    ----------
+    groups : sequence of Group
+        Of worker 1, 2, ...
+
+    Attributes
+    ----------
+    present : set of int
+        Those that have neither left nor died.
+    active : set of int
+        Those of them that are to train on.
+    waiting : set of int
+        Those that wait for an order.
+    lacking : set of int
+        Those of them that do not have the merged model.
+    commits : dict of int to int
+        Merged commits of each worker, also of those that are gone.
+    refused : Counter
+        Rounds of each worker, one after another, that came to nothing.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.present = set(range(1, len(groups) + 1))
+        self.active = set(self.present)
+        self.waiting: set[int] = set()
+        self.lacking: set[int] = set()
+        self.commits = dict.fromkeys(self.present, 0)
+        self.refused: Counter[int] = Counter()
+        self._groups = dict(enumerate(groups, start=1))
+        self._orders: dict[int, Order] = {}
+        self._heard: dict[int, float] = {}
+
+    def group(self, worker: int) -> Group:
+        return self._groups[worker]
+
+    def regroup(self, small_workers: int) -> None:
+        """Leave so many active workers in the small-batch group: the last ones."""
+        active = sorted(self.active)
+        for position, worker in enumerate(active):
+            small = position >= len(active) - small_workers
+            self._groups[worker] = Group.SMALL if small else Group.LARGE
+
+    @property
+    def small_workers(self) -> int:
+        """Active ones of the small-batch group."""
+        return sum(self._groups[worker] is Group.SMALL for worker in self.active)
+
+    def order_of(self, worker: int) -> Order:
+        """The order that the worker was given last."""
+        return self._orders[worker]
+
+    def note_order(self, worker: int, order: Order, now: float) -> None:
+        """The worker is given an order."""
+        self.waiting.discard(worker)
+        self.lacking.discard(worker)
+        self._heard[worker] = now
+        if order.kind == OrderKind.TRAIN:
+            self._orders[worker] = order
+
+    def note_report(self, worker: int, report: Report, now: float) -> None:
+        """The worker is heard of."""
+        self._heard[worker] = now
+        if report.kind in (ReportKind.JOIN, ReportKind.COMMIT, ReportKind.DIVERGED):
+            self.waiting.add(worker)
+            self.lacking.add(worker)
+        elif report.kind == ReportKind.LEAVE:
+            self.present.discard(worker)
+
+    def dismiss(self, worker: int) -> None:
+        """The worker is to train no more; it is there until it leaves."""
+        self.active.discard(worker)
+
+    def lose(self, worker: int) -> Order | None:
+        """The worker is gone; the last round that it was given, if any."""
+        for members in (self.present, self.active, self.waiting, self.lacking):
+            members.discard(worker)
+        return self._orders.get(worker)
+
+    def silent(self, now: float, least: float, rounds: float) -> list[int]:
+        """Workers under way that have not been heard of for too long.
+
+        Parameters
+        ----------
+        now : float
+        least : float
+            Seconds that are never too long.
+        rounds : float
+            Nor are so many predicted times of a round.
+        """
+        return [
+            worker
+            for worker in sorted(self.active - self.waiting)
+            if worker in self._orders
+            and now - self._heard[worker]
+            > max(least, rounds * self._orders[worker].predicted_seconds)
+        ]
