@@ -81,8 +81,8 @@ class Addresses:
         number, host = self._of_rank[rank]
         return f"process {number} on {host}"
 
-    def kill(self, rank: int) -> None:
-        """End that rank, whatever state it is in.
+    def kill(self, rank: int) -> bool:
+        """End that rank, whatever state it is in; False if it is no longer there.
 
         Raises
         ------
@@ -91,7 +91,10 @@ class Addresses:
         """
         number, host = self._of_rank[rank]
         if host == socket.gethostname():
-            os.kill(number, signal.SIGKILL)
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                return False
         elif "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
             there = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
             subprocess.Popen(["srun", *there, "kill", "-KILL", str(number)])
@@ -100,3 +103,4 @@ class Addresses:
                 f"rank {rank} ({self.describe(rank)}) does not answer and cannot be ended from "
                 'here: end it by hand, or set server.silent_worker to "report"'
             )
+        return True

@@ -79,6 +79,8 @@ def leave(error: BaseException) -> NoReturn:
         time.sleep(_FORWARD_SECONDS)  # lets the launcher pass the line on before it ends the job
     else:
         time.sleep(_PATIENCE)  # the one that speaks ends this rank too
+    if len(_lost(world)) == world.size - 1:
+        os._exit(status)  # MPI would end the job with 0
     world.Abort(status)
     sys.exit(status)
 
@@ -141,12 +143,20 @@ def _tell(world: MPI.Intracomm, rank: int) -> MPI.Request:
 
 def _is_told(world: MPI.Intracomm, seconds: float) -> bool:
     """Whether another failing rank makes itself heard within `seconds`."""
+    others = set(range(world.size)) - {world.rank} - _lost(world)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        if world.Iprobe(tag=_FAILED):
+        if any(world.Iprobe(rank, _FAILED) for rank in others):
             return True
         time.sleep(0.01)
     return False
+
+
+def _lost(world: MPI.Intracomm) -> set[int]:
+    """Ranks that have died."""
+    from hpc_hdb.cluster.failures import failed_ranks
+
+    return failed_ranks(world)
 
 
 def _describe(error: BaseException) -> None:

@@ -18,9 +18,12 @@ must not take the core (or, oversubscribed, the turn) of a rank that trains.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +133,22 @@ class Groups:
             agreed = 0
         return groups if agreed else None
 
+    @contextlib.contextmanager
+    def watched(self, patience: float) -> Iterator[None]:
+        """Revoke the groups if what is done meanwhile takes longer than `patience` seconds.
+
+        A rank that hangs holds up all others in a collective call, where they notice nothing.
+        """
+        if math.isinf(patience):
+            yield
+            return
+        timer = threading.Timer(patience, self.revoke)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def revoke(self) -> None:
         """Let every rank come out of what it does in these groups."""
         for group in (self.workers, *self.of_server):
@@ -190,6 +209,7 @@ class MpiWorkerLink:
         self.rank = comm.rank - servers + 1
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
+        self.patience = float("inf")
         self._comm = comm
         self._servers = servers
         self._groups = Groups.split(comm, servers)
@@ -270,7 +290,9 @@ class MpiWorkerLink:
                 if groups is None:
                     return False
                 self._groups = groups
-            self._reduce_within(self._groups, contribution.scaled(order.weight), contribution.model)
+            scaled = contribution.scaled(order.weight)
+            with self._groups.watched(self.patience):
+                self._reduce_within(self._groups, scaled, contribution.model)
         except MPI.Exception as error:
             if not is_failure(error):
                 raise

@@ -13,7 +13,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from hpc_hdb.cluster.failures import Addresses, completed, failed_ranks, is_failure
+from hpc_hdb.cluster.failures import (
+    Addresses,
+    completed,
+    failed_ranks,
+    is_failure,
+    tolerates_failures,
+)
 from hpc_hdb.cluster.link import ReductionBroken, WorkerLost
 from hpc_hdb.cluster.messages import Instruction, Order, Report, ReportKind
 from hpc_hdb.cluster.mpi import (
@@ -31,6 +37,8 @@ from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
 from hpc_hdb.errors import UserError
 
+_DEATH_SECONDS = 10.0
+"""Within which MPI tells of a rank that has been killed."""
 _AHEAD = 3
 """Parts that arrive at a time. Within a node the receiver copies a part as soon as it may: were
 all expected at once, it would copy all before it merged the first."""
@@ -68,7 +76,8 @@ class _MpiSliceLink:
                     requests.append(self._comm.Irecv(out[ahead], rank, MODEL))
                 if not wait_until(requests[0].Test, self.patience):
                     self.fence(worker)
-                    wait_until(requests[0].Test)
+                    if not wait_until(requests[0].Test, _DEATH_SECONDS):
+                        raise WorkerLost(worker)
                 requests.popleft()
                 yield part
         except MPI.Exception as error:
@@ -99,14 +108,16 @@ class _MpiSliceLink:
 
     def broadcast(self, model: Tensor, part: slice) -> None:
         try:
-            self._groups.of_server[self._comm.rank].Bcast(model[part], SERVER)
+            with self._groups.watched(self.patience):
+                self._groups.of_server[self._comm.rank].Bcast(model[part], SERVER)
         except MPI.Exception as error:
             if not is_failure(error):
                 raise
             self._groups.revoke()  # shows in what comes next
 
     def fence(self, worker: int) -> None:
-        self._addresses.kill(self._rank(worker))
+        """End a worker that does not answer; only the root may."""
+        raise NotImplementedError
 
     def sending(self, model: Tensor) -> bool:
         # All at once: an idle MPI gives its core away at every test.
@@ -227,14 +238,28 @@ class MpiServerLink(_MpiSliceLink):
                 "run does not go on without it; resume it"
             )
         for worker in sorted(self.present):
-            rank = self._rank(worker)
-            if rank in failed:
-                self.present.discard(worker)
-                self._lost.append(worker)
-                self._requests[worker - 1] = MPI.REQUEST_NULL
+            if self._rank(worker) in failed:
+                self._forget(worker)
+
+    def _forget(self, worker: int) -> None:
+        """A worker is gone: say so once, and listen no more to it."""
+        if worker in self.present:
+            self.present.discard(worker)
+            self._lost.append(worker)
+            self._requests[worker - 1] = MPI.REQUEST_NULL
 
     def order(self, worker: int, order: Order) -> None:
         self._post(order.pack(), self._rank(worker), ORDER)
+
+    def fence(self, worker: int) -> None:
+        if not tolerates_failures():
+            where = self._addresses.describe(self._rank(worker))
+            raise UserError(
+                f"worker {worker} ({where}) does not answer, and the MPI of this job has no fault "
+                "tolerance with which to go on without it (mpirun --with-ft ulfm); resume the run"
+            )
+        if not self._addresses.kill(self._rank(worker)):
+            self._forget(worker)  # it went without a word to MPI
 
     def regroup(self) -> bool:
         groups = Groups.of_survivors(self._comm)

@@ -115,7 +115,7 @@ class Progress:
             self._live.update(self._workers[event["worker"]], completed=event["samples"])
         elif name == "plan":
             self._live.update(self._run, total=event["total"])
-            self.note(_crew(event))
+            self.note(_crew(event, self._epochs))
         elif name in _TROUBLES:
             self._take_away(event["worker"], name)
             self.note(f"[{event['time']:8.1f} s] worker {event['worker']} {_TROUBLES[name]}")
@@ -157,11 +157,12 @@ class Progress:
         return f"epoch {epochs:.1f} of {self._epochs}"
 
 
-def _crew(plan: Event) -> str:
+def _crew(plan: Event, epochs: int) -> str:
     """Who goes on by a new plan, and from when."""
     small = plan["small_workers"]
     large = plan["workers"] - small
-    who = f"{large} large-batch and {small} small-batch" if small else f"{large} large-batch"
-    return f"{'':13}{who} worker{'s' * (large + small > 1)} go on, by a new plan from epoch " + str(
-        plan["from_epoch"] + 1
-    )
+    groups = [f"{large} large-batch"] * (large > 0) + [f"{small} small-batch"] * (small > 0)
+    who = f"{' and '.join(groups)} worker{'s' * (large + small > 1)}"
+    verb = "go on" if large + small > 1 else "goes on"
+    by = f", by a new plan from epoch {plan['from_epoch'] + 1}"
+    return f"{'':13}{who} {verb}{by * (plan['from_epoch'] < epochs)}"

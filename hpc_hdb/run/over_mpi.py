@@ -226,6 +226,8 @@ def _worker(
     link: WorkerLink
     if group is None:
         link = MpiWorkerLink(split.links, servers)
+        if settings.server.silent_worker == "drop":
+            link.patience = settings.server.silent_seconds
     elif split.leads:
         link = LeaderLink(MpiWorkerLink(split.links, servers), group)
     else:

@@ -27,6 +27,8 @@ class Crew:
         Those that wait for an order.
     lacking : set of int
         Those of them that do not have the merged model.
+    owing : set of int
+        Those of them that are to answer nevertheless, after a reduction that has failed.
     commits : dict of int to int
         Merged commits of each worker, also of those that are gone.
     refused : Counter
@@ -38,6 +40,7 @@ class Crew:
         self.active = set(self.present)
         self.waiting: set[int] = set()
         self.lacking: set[int] = set()
+        self.owing: set[int] = set()
         self.commits = dict.fromkeys(self.present, 0)
         self.refused: Counter[int] = Counter()
         self._groups = dict(enumerate(groups, start=1))
@@ -74,6 +77,7 @@ class Crew:
     def note_report(self, worker: int, report: Report, now: float) -> None:
         """The worker is heard of."""
         self._heard[worker] = now
+        self.owing.discard(worker)
         if report.kind in (ReportKind.JOIN, ReportKind.COMMIT, ReportKind.DIVERGED):
             self.waiting.add(worker)
             self.lacking.add(worker)
@@ -86,9 +90,14 @@ class Crew:
 
     def lose(self, worker: int) -> Order | None:
         """The worker is gone; the last round that it was given, if any."""
-        for members in (self.present, self.active, self.waiting, self.lacking):
+        for members in (self.present, self.active, self.waiting, self.lacking, self.owing):
             members.discard(worker)
         return self._orders.get(worker)
+
+    def excuse(self, seconds: float) -> None:
+        """For so long nobody listened to any worker."""
+        for worker in self._heard:
+            self._heard[worker] += seconds
 
     def silent(self, now: float, least: float, rounds: float) -> list[int]:
         """Workers under way that have not been heard of for too long.
@@ -101,10 +110,9 @@ class Crew:
         rounds : float
             Nor are so many predicted times of a round.
         """
-        return [
-            worker
-            for worker in sorted(self.active - self.waiting)
-            if worker in self._orders
-            and now - self._heard[worker]
-            > max(least, rounds * self._orders[worker].predicted_seconds)
-        ]
+        found = []
+        for worker in sorted((self.active - self.waiting | self.owing) & self._orders.keys()):
+            round_seconds = self._orders[worker].predicted_seconds
+            if now - self._heard[worker] > max(least, rounds * round_seconds):
+                found.append(worker)
+        return found

@@ -80,6 +80,8 @@ class ParameterServer:
         inline: bool = False,
     ) -> None:
         self._link = link
+        if settings.server.silent_worker == "drop":
+            link.patience = settings.server.silent_seconds
         self._plan = plan
         self._settings = settings
         self._emit = emit
@@ -95,6 +97,7 @@ class ParameterServer:
         self._image_name = image_name
         self._stage = self._announced = -1
         self._silent: set[int] = set()
+        self._listened = 0.0
         self._undone: set[int] = set()
         self._regroup = False
         self._reductions = 0
@@ -233,6 +236,7 @@ class ParameterServer:
                     self._emit("commit", self._count_commit(worker, report))
                 return
             self._regroup = True
+            self._crew.owing = self._crew.waiting - self._undone
             while self._crew.waiting - self._undone:
                 await self._next_report()
 
@@ -369,6 +373,7 @@ class ParameterServer:
                 raise Interrupted(self._signal_number())
             self._watch()
             item = await self._link.next_report(_POLL_SECONDS)
+            self._listened = self._link.now()
             if item is None:
                 continue
             worker, report = item
@@ -454,8 +459,10 @@ class ParameterServer:
         """Report workers that have not been heard of for long, and end them if so configured."""
         if self._inline:  # nobody else runs now
             return
-        server = self._settings.server
-        silent = self._crew.silent(self._link.now(), server.silent_seconds, _SILENT_ROUNDS)
+        server, now = self._settings.server, self._link.now()
+        self._crew.excuse(now - self._listened)
+        self._listened = now
+        silent = self._crew.silent(now, server.silent_seconds, _SILENT_ROUNDS)
         for worker in silent:
             if worker not in self._silent:
                 self._emit("silent", {"commit": self._book.commits, "worker": worker})
