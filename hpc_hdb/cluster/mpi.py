@@ -115,7 +115,7 @@ class Groups:
         """
         groups = None
         try:
-            survivors = comm.Shrink()
+            survivors = MPI.Intracomm(comm.Shrink())
         except MPI.Exception as error:
             if not is_failure(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -84,7 +85,7 @@ class _MpiSliceLink:
             if not is_failure(error):
                 raise
             for request in requests:  # they write into `out`
-                wait_until(lambda request=request: completed(request))
+                wait_until(functools.partial(completed, request))
             raise WorkerLost(worker) from None
 
     def send(self, worker: int, model: Tensor, part: slice) -> None:
@@ -95,7 +96,7 @@ class _MpiSliceLink:
         try:
             requests = [self._receive_sum(group, out, part) for part in self.parts]
             for of_part, part in zip(requests, self.parts, strict=True):
-                if not wait_until(lambda r=of_part: MPI.Request.Testall(r), self.patience):
+                if not wait_until(functools.partial(MPI.Request.Testall, of_part), self.patience):
                     raise ReductionBroken
                 yield part
         except (MPI.Exception, ReductionBroken) as error:
@@ -103,7 +104,7 @@ class _MpiSliceLink:
                 raise
             self._groups.revoke()
             for request in (request for of_part in requests for request in of_part):
-                wait_until(lambda request=request: completed(request))
+                wait_until(functools.partial(completed, request))
             raise ReductionBroken from None
 
     def broadcast(self, model: Tensor, part: slice) -> None:
@@ -135,7 +136,7 @@ class _MpiSliceLink:
     def close(self) -> None:
         """Wait until everything has left."""
         for item in self._sending:
-            wait_until(lambda item=item: completed(item.request))
+            wait_until(functools.partial(completed, item.request))
         self._groups.free()
 
     def _receive_sum(self, group: MPI.Comm, out: Tensor, part: slice) -> list[MPI.Request]:
@@ -246,7 +247,7 @@ class MpiServerLink(_MpiSliceLink):
         if worker in self.present:
             self.present.discard(worker)
             self._lost.append(worker)
-            self._requests[worker - 1] = MPI.REQUEST_NULL
+            self._requests[worker - 1] = MPI.Prequest()
 
     def order(self, worker: int, order: Order) -> None:
         self._post(order.pack(), self._rank(worker), ORDER)

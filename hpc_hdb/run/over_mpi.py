@@ -5,9 +5,11 @@ With all-reduce there is no server: all work together.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -303,18 +305,28 @@ def _broadcast_json(comm: MPI.Intracomm, value: dict[str, Any] | None) -> dict[s
 
 def _tell_status(comm: MPI.Intracomm, status: int) -> int:
     """Send the exit status of rank 0 to all ranks that are left."""
-    box = np.array([status], dtype=np.int64)
-    ranks = set(range(comm.size)) - {SERVER} - failed_ranks(comm)
+    lost = failed_ranks(comm)
+    box = np.array([status, len(lost)], dtype=np.int64)
+    ranks = set(range(comm.size)) - {SERVER} - lost
     for request in [comm.Isend(box, rank, _STATUS) for rank in ranks]:
-        wait_until(lambda request=request: completed(request))
-    return status
+        wait_until(functools.partial(completed, request))
+    return _end(status, len(lost))
 
 
 def _hear_status(comm: MPI.Intracomm) -> int:
     """The exit status of rank 0."""
-    box = np.empty(1, dtype=np.int64)
+    box = np.empty(2, dtype=np.int64)
     wait_until(comm.Irecv(box, SERVER, _STATUS).Test)
-    return int(box[0])
+    return _end(*box.tolist())
+
+
+def _end(status: int, lost: int) -> int:
+    """The exit status; where ranks were lost, with the end of this process."""
+    if lost:  # MPI's own end may wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _lost_rank(comm: MPI.Intracomm, lost: set[int]) -> str:

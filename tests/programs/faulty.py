@@ -128,15 +128,6 @@ def _begins(trainer: Trainer, order: Order, *_: Any) -> None:
     Round.steps = 0
 
 
-def _start_quickly() -> None:
-    """Spare each worker the two seconds in which torch's optimizers import a compiler."""
-    optimizer = torch.optim.Optimizer
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        setattr(optimizer, name, getattr(optimizer, name).__wrapped__)
-    torch.optim.SGD.step = torch.no_grad()(torch.optim.SGD.step.__wrapped__)
-
-
-_start_quickly()
 if _FAULTS:
     whole_cut = MpiWorkerLink._cut
     _before(Trainer, "train_round", _begins)

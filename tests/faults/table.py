@@ -1,0 +1,165 @@
+"""What may befall a run, when, in which mode, and what comes of it.
+
+``docs/faults.md`` is checked against this table, and every row is run under mpirun.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MODES = ("asp", "ssp", "bsp")
+
+
+class Accident(NamedTuple):
+    """A fault of one rank.
+
+    Attributes
+    ----------
+    victim : int
+        Number of the worker; 0 is the parameter server.
+    fault : str
+        As `programs.faulty` knows it.
+    moment : str
+        As `programs.faulty` knows it; the number of the time it comes follows a colon.
+    outcome : str
+        "lost", "dropped", "redone" (the round), "spared" (it goes on), or for the whole run
+        "ended".
+    """
+
+    victim: int
+    fault: str
+    moment: str
+    outcome: str
+
+    def inject(self) -> str:
+        """For ``$HDB_FAULT``."""
+        return f"{self.victim}:{self.fault}@{self.moment}"
+
+
+class Scenario(NamedTuple):
+    """Accidents of one run, of which some worker is left.
+
+    Attributes
+    ----------
+    ranks : int
+    accidents : tuple of Accident
+    overrides : tuple of str
+        Settings of their own.
+    """
+
+    ranks: int
+    accidents: tuple[Accident, ...]
+    overrides: tuple[str, ...] = ()
+
+    def inject(self) -> str:
+        return ",".join(accident.inject() for accident in self.accidents)
+
+
+def _survived(mode: str) -> dict[str, Scenario]:
+    pushing = "scatter" if mode == "bsp" else "push"
+    merging = "reduce" if mode == "bsp" else "reply"
+    drop = ("server.silent_worker=drop", "server.silent_seconds=4")
+    return {
+        "deaths": Scenario(
+            6,
+            (
+                Accident(5, "kill", "join", "lost"),  # the only small-batch worker
+                Accident(4, "kill", "round:1", "lost"),
+                Accident(3, "kill", f"{pushing}:2", "lost"),
+                Accident(2, "kill", f"{merging}:4", "lost"),
+            ),
+        ),
+        "crashes": Scenario(
+            6,
+            (
+                Accident(5, "segv", "round:2", "lost"),
+                Accident(4, "abort", f"{merging}:3", "lost"),
+                Accident(3, "nan", "round:1", "redone"),
+                Accident(2, "nan", "round:0", "dropped"),
+                Accident(1, "kill", "leave", "lost"),
+            ),
+        ),
+        "several at once": Scenario(
+            5,
+            (
+                Accident(4, "kill", f"{pushing}:2", "lost"),
+                Accident(3, "kill", f"{pushing}:2", "lost"),
+                Accident(2, "kill", "round:3", "lost"),
+            ),
+        ),
+        "hangs": Scenario(
+            4,
+            (
+                Accident(3, "stop", f"{pushing}:2" if mode != "bsp" else "reduce:2", "lost"),
+                Accident(2, "stop", "round:5", "lost"),
+            ),
+            drop,
+        ),
+        "naps": Scenario(
+            3,
+            (Accident(2, "nap", "round:2", "spared"),),
+            ("server.silent_seconds=1",),
+        ),
+    }
+
+
+SURVIVED = {(mode, name): scenario for mode in MODES for name, scenario in _survived(mode).items()}
+"""Runs that come to their end, with exit status 0 and whole epochs."""
+
+
+class Life(NamedTuple):
+    """One start of a run that is begun once, ended by accidents, and resumed until it is done.
+
+    Attributes
+    ----------
+    ranks : int
+    tolerant : bool
+        Whether MPI has fault mitigation.
+    accidents : tuple of Accident
+    told : str
+        What standard error says; empty where the launcher alone speaks.
+    """
+
+    ranks: int
+    tolerant: bool
+    accidents: tuple[Accident, ...]
+    told: str
+
+
+def _lives(mode: str) -> list[Life]:
+    pushing = "reduce" if mode == "bsp" else "push"
+    return [
+        Life(
+            4,
+            True,
+            (
+                Accident(1, "kill", "round:2", "lost"),
+                Accident(2, "kill", f"{pushing}:2", "lost"),
+                Accident(3, "kill", "round:3", "ended"),
+            ),
+            "all workers were lost: go on with hdb train --resume {run}",
+        ),
+        Life(
+            3,
+            True,
+            (Accident(0, "kill", "merge:3", "ended"),),
+            "rank 0, the parameter server, was lost: go on with hdb train --resume {run}",
+        ),
+        Life(3, False, (Accident(2, "kill", "round:2", "ended"),), ""),
+        Life(
+            3,
+            False,
+            (Accident(1, "nan", "round:0", "dropped"), Accident(2, "nan", "round:0", "ended")),
+            "training diverged",
+        ),
+        Life(4, True, (), ""),
+    ]
+
+
+LIVES = {mode: _lives(mode) for mode in MODES}
+
+
+def cells() -> list[tuple[str, Accident]]:
+    """Every accident with its mode."""
+    found = [(mode, a) for (mode, _), s in SURVIVED.items() for a in s.accidents]
+    return found + [(mode, a) for mode in MODES for life in LIVES[mode] for a in life.accidents]

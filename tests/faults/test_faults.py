@@ -1,0 +1,134 @@
+"""Ranks that die, hang or diverge: every row of the table, under a real mpirun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import succeed
+from endings import Ending, Job, assert_whole, sets
+from faults.table import LIVES, MODES, SURVIVED, Life, Scenario, cells
+from programs.runs import PROGRAMS
+
+from hpc_hdb.report.events import Event, read_events
+
+EPOCHS = 5
+SAMPLES = 240
+TOLERANT = ["mpirun", "--with-ft", "ulfm"]
+
+RUN = sets(
+    "data.source=synthetic",
+    f"data.synthetic_samples={SAMPLES}",
+    "data.synthetic_side=16",
+    "model.name=faulty:net",
+    "plan.timing={16=[4e-4,2e-3]}",
+    "schedule.resolutions=[16]",
+    "schedule.dropout=[0.0]",
+    "schedule.large_batch=[16]",
+    "schedule.milestones=[]",
+    f"schedule.epochs={EPOCHS}",
+    "server.commits_per_epoch=2",
+    "server.staleness=2",
+)
+
+
+def start(mode: str, run: Path, ranks: int, faults: str, *overrides: str) -> Job:
+    """A run with fault tolerance, under way."""
+    settings = [*RUN, *sets(f"server.sync={mode}", f"run.output={run}", *overrides)]
+    words = [*TOLERANT, "-n", str(ranks), "hdb", "train", "digits", *settings]
+    return Job(*words, cwd=PROGRAMS, HDB_FAULT=faults)
+
+
+def named(log: list[Event], name: str) -> list[Event]:
+    return [event for event in log if event["event"] == name]
+
+
+def assert_complete(run: Path) -> list[Event]:
+    """Every commit is in the log, and every sample was visited once an epoch; the log."""
+    log = read_events(run)
+    commits = named(log, "commit")
+    visits = np.zeros((EPOCHS, SAMPLES), dtype=int)
+    for commit in commits:
+        visits[commit["epoch"], commit["begin"] : commit["end"]] += 1
+    assert (visits == 1).all()
+    assert [commit["commit"] for commit in commits] == list(range(1, len(commits) + 1))
+    assert log[-1]["event"] == "end"
+    assert commits[-1]["epochs"] == EPOCHS
+    assert_whole(run)
+    return log
+
+
+def test_there_are_sixty_cells() -> None:
+    assert len(cells()) >= 60
+
+
+@pytest.mark.parametrize(("mode", "name"), SURVIVED, ids=str)
+def test_a_run_goes_on_without_ranks_that_fail(mode: str, name: str, tmp_path: Path) -> None:
+    scenario = SURVIVED[mode, name]
+    ending = start(
+        mode, tmp_path / "run", scenario.ranks, scenario.inject(), *scenario.overrides
+    ).end(180)
+    assert ending.status == 0, ending
+    log = assert_complete(tmp_path / "run")
+    assert_outcomes(scenario, log, ending)
+
+
+def assert_outcomes(scenario: Scenario, log: list[Event], ending: Ending) -> None:
+    """Each accident had the outcome of the table, is in the log, and the user was told of it."""
+    expected = {"lost": "lost", "dropped": "dropped", "redone": "refused", "spared": "silent"}
+    gone = {"lost", "dropped"}
+    for accident in scenario.accidents:
+        happened = named(log, expected[accident.outcome])
+        assert accident.victim in [event["worker"] for event in happened], accident
+        assert f"worker {accident.victim} " in ending.out
+    lost = {a.victim for a in scenario.accidents if a.outcome in gone}
+    assert {e["worker"] for name in gone for e in named(log, name)} == lost
+    workers = scenario.ranks - 1
+    active = workers - len({a.victim for a in scenario.accidents if a.outcome in gone})
+    for plan in named(log, "plan"):
+        assert plan["workers"] in range(max(active, 1), workers)
+        assert plan["small_workers"] <= 1
+    left = [e["worker"] for e in named(log, "leave")]
+    assert set(range(1, workers + 1)) - lost <= set(left)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_ended_again_and_again_is_resumed(mode: str, tmp_path: Path) -> None:
+    """By the loss of all workers, of the server, and without fault mitigation; with other ranks."""
+    run = tmp_path / "run"
+    first, *later = LIVES[mode]
+    faults = ",".join(a.inject() for a in first.accidents)
+    assert_ended(start(mode, run, first.ranks, faults).end(180), first, run)
+    for life in later:
+        faults = ",".join(a.inject() for a in life.accidents)
+        launcher = TOLERANT if life.tolerant else TOLERANT[:1]
+        words = [*launcher, "-n", str(life.ranks), "hdb", "train", "--resume", run]
+        ending = Job(*words, cwd=PROGRAMS, HDB_FAULT=faults).end(180)
+        assert_ended(ending, life, run)
+    assert_complete(run)
+
+
+def assert_ended(ending: Ending, life: Life, run: Path) -> None:
+    """The job has ended as the table says, and left nothing damaged."""
+    told = [line for line in ending.lines if line.startswith("hdb: ")]
+    if life.told:
+        assert len(told) == 1, ending
+        assert life.told.format(run=run) in told[0]
+        assert ending.status == 2
+    elif life.accidents:
+        assert ending.status != 0
+    else:
+        assert ending.status == 0, ending
+    assert_whole(run)
+
+
+def test_the_docs_page_tells_every_outcome() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    for _, accident in cells():
+        assert accident.fault in page, accident
+        assert f"`{accident.moment.partition(':')[0]}`" in page, accident
+
+
+def test_hdb_doctor_says_whether_a_job_would_go_on() -> None:
+    assert "fault" in succeed("hdb", "doctor")
