@@ -253,8 +253,14 @@ def test_a_checkpoint_of_another_model_is_refused(copy: Path) -> None:
 
 
 def test_where_the_newest_checkpoint_is_cut_short_the_one_before_counts(copy: Path) -> None:
-    cut(checkpoints(copy / "out")[-1])
-    assert "out/checkpoint: accuracy" in succeed("hdb", "evaluate", "out", cwd=copy)
+    before, newest = checkpoints(copy / "out")
+    cut(newest)
+    done = run("hdb", "evaluate", "out", cwd=copy)
+    assert done.stdout.startswith(f"out/checkpoint/{before.name}: accuracy")
+    assert done.stderr == (
+        f"out/checkpoint/{newest.name} cannot be used (it is cut short, or no file of hpc-hdb): "
+        f"going on with {before.name}\n"
+    )
 
 
 def test_a_folder_that_holds_a_run_is_not_begun_again(copy: Path) -> None:

@@ -55,6 +55,7 @@ def train_over_mpi(
     settings: Settings,
     name: str,
     resume: Path | None,
+    best: bool,
     progress: Progress,
     data_copy: Path | None = None,
 ) -> int:
@@ -68,7 +69,7 @@ def train_over_mpi(
     comm = world()
     status = 0
     if comm.rank == SERVER:
-        status = _server(comm, settings, name, resume, progress, data_copy)
+        status = _server(comm, settings, name, resume, best, progress, data_copy)
     else:
         _follower_or_worker(comm)
     status = _agree_on_status(comm, status)
@@ -81,6 +82,7 @@ def _server(
     settings: Settings,
     name: str,
     resume: Path | None,
+    best: bool,
     progress: Progress,
     data_copy: Path | None,
 ) -> int:
@@ -90,9 +92,9 @@ def _server(
             check_roles(
                 comm.size, settings.plan.small_workers, server.servers, server.ranks_per_worker
             )
-        folder = RunFolder.create(settings, name)
+        folder = RunFolder.create(settings, name, progress.note)
     else:
-        folder, settings = RunFolder.reopen(resume)
+        folder, settings = RunFolder.reopen(resume, best, progress.note)
     with folder:
         if resume is not None and has_finished(folder, progress):
             _broadcast_json(comm, {})
@@ -221,9 +223,9 @@ def _worker(
         link = MemberLink(group)
     trainer = make_trainer(settings, data, place.device, group)
     keep = folder / "checkpoint" if settings.train.keep_momentum and split.leads else None
-    every = settings.run.checkpoint_every
+    kept = settings.run.states_kept
     with results_in(folder):
-        complete(run_worker(link, trainer, settings.server.synchronous, keep, every))
+        complete(run_worker(link, trainer, settings.server.synchronous, keep, kept))
     if group is not None:
         group.close()
 

@@ -6,6 +6,7 @@ Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Param
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +105,9 @@ class ParameterServer:
         )
         self._inline = inline
 
-    def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
+    def resume(
+        self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float = -math.inf
+    ) -> None:
         """Go on from a checkpoint, before `run`.
 
         Parameters
@@ -112,11 +115,13 @@ class ParameterServer:
         checkpoint : Checkpoint
         evaluated : int
             Commit count of the last model evaluated before it; 0 if there was none.
+        best_accuracy : float
+            Of the best checkpoint so far.
         """
         self._model.initial.copy_(checkpoint.model)
         self._book.restore(checkpoint.rounds)
         self._worker_commits.update(checkpoint.worker_commits)
-        self._snapshots.resume(checkpoint, evaluated)
+        self._snapshots.resume(checkpoint, evaluated, best_accuracy)
 
     async def run(self) -> Tensor:
         """Serve until training ends.
