@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -17,6 +18,11 @@ BIN = Path(sys.executable).parent
 
 TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
 """A time model for the digits preset, so that a test's plan does not depend on the machine."""
+
+# HYPOTHESIS_PROFILE=soak tries each property as often as it takes to find what is rare.
+hypothesis.settings.register_profile("suite", max_examples=100, deadline=None)
+hypothesis.settings.register_profile("soak", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 def environment() -> dict[str, str]:

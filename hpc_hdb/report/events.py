@@ -146,7 +146,7 @@ def read_log(run: Path) -> tuple[list[Event], int]:
         if event["event"] == "resume":
             events = [old for old in events if _still_holds(old, event["commit"])]
         events.append(event)
-    if damaged and not events:
+    if not events and text.strip():
         raise UserError(f"{path} is damaged, or no event log: none of its lines is an event")
     return events, damaged
 

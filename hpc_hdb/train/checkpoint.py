@@ -214,6 +214,8 @@ def _load(path: Path, signature: str) -> Checkpoint:
         whole = False
     if not whole:
         raise DamagedFile("it is no checkpoint")
+    if path.name not in (BEST, checkpoint.file):
+        raise DamagedFile(f"it is that of commit {checkpoint.rounds['commits']}")
     if checkpoint.signature != signature:
         raise UserError(
             f"checkpoint {path} belongs to another model: set model and data as in "
