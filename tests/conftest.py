@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -90,6 +90,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data")
     prepare_data(Data(source="digits", path=path))
     return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk on ``tmp_path/disk``, with the options given; skips where it may not."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=False)
+        if done.returncode:
+            pytest.skip("no disk can be mounted here: a full one was not tested")
+        return path
+
+    yield mount
+    while subprocess.run(["umount", path], check=False, stderr=subprocess.DEVNULL).returncode == 0:
+        pass
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,9 @@ class FolderLock:
         except BaseException:
             self._file.close()
             raise
-        self._released = threading.Event()
+        self._heard = time.monotonic()
+        self._due, self._looked = threading.Event(), threading.Event()
+        self._released = False
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
 
@@ -80,7 +82,15 @@ class FolderLock:
         self._file.flush()
 
     def check(self) -> None:
-        """Raise UserError where another job has taken the lock over."""
+        """Raise UserError where another job has taken the lock over.
+
+        That is looked up every 15 seconds, and at once after a time in which it could not be, as
+        where this process was stopped.
+        """
+        if time.monotonic() - self._heard > 2 * _BEAT_SECONDS:
+            self._looked.clear()
+            self._due.set()
+            self._looked.wait(_LOOK_SECONDS)  # no longer: its disk may hang
         if self._lost is not None:
             raise UserError(
                 f"{self._folder} was taken over by another run ({self._lost}), which had heard "
@@ -89,8 +99,9 @@ class FolderLock:
 
     def release(self) -> None:
         """Give the lock back; harmless where it is lost or the folder is gone."""
-        self._released.set()
-        self._beating.join(_LOOK_SECONDS)  # no longer: its disk may hang
+        self._released = True
+        self._due.set()
+        self._beating.join(_LOOK_SECONDS)
         with contextlib.suppress(OSError):
             if _token(self._path.read_bytes()) == self._about["token"]:
                 self._path.unlink()
@@ -182,9 +193,15 @@ class FolderLock:
         return lock.stat().st_mtime - self._path.stat().st_mtime
 
     def _beat(self) -> None:
-        while not self._released.wait(_BEAT_SECONDS) and self._lost is None:
+        while self._lost is None:
+            self._due.wait(_BEAT_SECONDS)
+            self._due.clear()
+            if self._released:
+                return
             with contextlib.suppress(OSError):  # a disk that fails: training meets that as well
                 self._beat_once()
+                self._heard = time.monotonic()
+            self._looked.set()
 
     def _beat_once(self) -> None:
         try:

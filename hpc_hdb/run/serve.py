@@ -91,8 +91,8 @@ def serve(
         note_lost_states(folder.checkpoints, checkpoint.worker_commits, note_damage)
     before = checkpoint.seconds if checkpoint else 0.0
     log = EventLog(folder.path / "events.jsonl", lambda: before + link.now())
-    log.listen(lambda _: folder.check())
     log.listen(progress.show)
+    log.listen(lambda _: folder.check())
     received = _catch_signals()
     evaluator.parameters.to_wire()
     server = ParameterServer(
