@@ -21,9 +21,10 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ ORIGINAL = "original"
 INDEX = np.dtype([("shard", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8")])
 """One sample in ``index-VARIANT.npy``: offset and size in bytes, within the shard's file."""
 
+_VERSION = 2
 _OPEN_FILES = 256
 """Kept open at once: well below the 1,024 that most systems permit a process."""
 _BLOCK = 1 << 20
@@ -91,6 +93,7 @@ class Shards:
             variant: [str(self.folder / variant / f"{shard['name']}.tar") for shard in shards]
             for variant in manifest["variants"]
         }
+        self._manifest = manifest
         self.labels = self._index(manifest["variants"][0])["label"].astype(np.int64)
         self._open = lru_cache(_OPEN_FILES)(_File)
 
@@ -134,17 +137,25 @@ class Shards:
     def name(self, sample: int, side: int) -> str:
         """Where a sample is, and what file it was packed from, for messages."""
         variant = self.variant(side)
-        with open(self.folder / "names.txt", encoding="utf-8", errors="surrogateescape") as lines:
-            source = next(line for number, line in enumerate(lines) if number == sample)
+        source = f"sample {sample}"
+        with (
+            suppress(OSError),
+            open(self.folder / "names.txt", encoding="utf-8", errors="surrogateescape") as lines,
+        ):
+            source = next(islice(lines, sample, None), source)
         return f"{source.rstrip()} in {self._paths[variant][self._index(variant)['shard'][sample]]}"
 
     def _index(self, variant: str) -> np.ndarray:
         if variant not in self._indices:
             path = self.folder / f"index-{variant}.npy"
             try:
-                self._indices[variant] = np.load(path, mmap_mode="r")
+                check_file(path, self._manifest["indices"][variant])
+                index = np.load(path, mmap_mode="r")
+                if index.dtype != INDEX:
+                    raise ValueError(f"{path} is no index")
+                self._indices[variant] = index
             except (OSError, ValueError) as error:
-                raise ShardError(f"cannot read {path} ({error}): pack the folder again") from None
+                raise ShardError(f"{error}: pack the folder again") from None
         return self._indices[variant]
 
 
@@ -160,7 +171,7 @@ class ShardRecord:
     places: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Offset and size of each sample's image, by variant."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``bytes`` and ``sha256`` of the tar file, by variant."""
+    """``bytes`` and ``sha256`` of the tar file, by variant; and of its index, as ``index``."""
 
 
 def write_shard(
@@ -201,16 +212,21 @@ def write_shard(
     for variant, entries in lines.items():
         path = folder / variant / f"{name}.tar"
         part = path.with_suffix(".tar.part")
-        record.files[variant] = {"bytes": part.stat().st_size, "sha256": checksum(part)}
+        index = "\n".join([f"v1.2 {len(entries)}", *entries, ""]).encode()
+        record.files[variant] = {
+            "bytes": part.stat().st_size,
+            "sha256": checksum(part),
+            "index": _seal(index),
+        }
         _replace(part, path)
-        index = "\n".join([f"v1.2 {len(entries)}", *entries, ""])
-        write_whole(path.with_suffix(".idx"), index.encode())
+        write_whole(path.with_suffix(".idx"), index)
     return record
 
 
 def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[ShardRecord]) -> None:
     """Make the shards of `records`, in their order, a packed split."""
     variants = sorted({variant for record in records for variant in record.files})
+    indices = {}
     for variant in variants:
         entries = [
             (number, label, offset, size)
@@ -220,11 +236,13 @@ def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[Shard
         buffer = io.BytesIO()
         np.save(buffer, np.array(entries, dtype=INDEX))
         write_whole(folder / f"index-{variant}.npy", buffer.getvalue())
-    names = "".join(f"{source}\n" for record in records for source in record.sources)
-    write_whole(folder / "names.txt", names.encode("utf-8", "surrogateescape"))
-    manifest = {
+        indices[variant] = _seal(buffer.getvalue())
+    lines = "".join(f"{source}\n" for record in records for source in record.sources)
+    names = lines.encode("utf-8", "surrogateescape")
+    write_whole(folder / "names.txt", names)
+    manifest: dict[str, Any] = {
         "format": "webdataset",
-        "version": 1,
+        "version": _VERSION,
         "classes": list(classes),
         "samples": sum(len(record.sources) for record in records),
         "variants": variants,
@@ -233,42 +251,77 @@ def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[Shard
             for record in records
         ],
         "skipped": [list(item) for record in records for item in record.skipped],
+        "indices": indices,
+        "names": _seal(names),
     }
+    manifest["sha256"] = _manifest_checksum(manifest)
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a packed split; raises ShardError where there is none."""
+    """The manifest of a packed split; raises ShardError where there is no whole one."""
     path = folder / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
-        if manifest["format"] != "webdataset" or manifest["version"] != 1:
+        if manifest["format"] != "webdataset" or manifest["version"] != _VERSION:
             raise ShardError(f"{path} is of another version: pack the folder again")
+        if manifest["sha256"] != _manifest_checksum(manifest):
+            raise ValueError("its checksum is wrong")
         return manifest
     except FileNotFoundError:
         raise ShardError(
             f"{folder} is not a packed folder, or packing it has not ended: see hdb pack --help"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{path} is damaged ({error}): pack the folder again") from None
 
 
 def check_shard(folder: Path, shard: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of one entry of a manifest's ``shards``; empty if nothing."""
-    problems = []
+    files = []
     for variant, expected in shard["files"].items():
         path = folder / variant / f"{shard['name']}.tar"
+        files += [(path, expected), (path.with_suffix(".idx"), expected["index"])]
+    return _problems(files)
+
+
+def check_indices(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files of a packed split beside its shards; empty if nothing."""
+    files = [(folder / f"index-{name}.npy", seal) for name, seal in manifest["indices"].items()]
+    return _problems([*files, (folder / "names.txt", manifest["names"])])
+
+
+def check_file(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a file has the ``bytes`` and ``sha256`` it is expected to have."""
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{path} has {size} bytes instead of {expected['bytes']}")
+        if checksum(path) != expected["sha256"]:
+            raise ValueError(f"{path} does not match its checksum")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _problems(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[str]:
+    problems = []
+    for path, expected in files:
         try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                problems.append(f"{path} has {size} bytes instead of {expected['bytes']}")
-            elif checksum(path) != expected["sha256"]:
-                problems.append(f"{path} does not match its checksum")
-            if not path.with_suffix(".idx").is_file():
-                problems.append(f"{path.with_suffix('.idx')} is missing")
-        except OSError as error:
-            problems.append(f"cannot read {path}: {error.strerror}")
+            check_file(path, expected)
+        except ValueError as error:
+            problems.append(str(error))
     return problems
+
+
+def _seal(data: bytes) -> dict[str, Any]:
+    """What `check_file` expects of a file of these bytes."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says, but of itself."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(path: Path) -> str:
@@ -283,8 +336,13 @@ def checksum(path: Path) -> str:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole, on disk, or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    _replace(part, path)
+    try:
+        part.write_bytes(data)
+        _replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _replace(part: Path, path: Path) -> None:

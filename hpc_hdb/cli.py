@@ -63,6 +63,13 @@ Resume = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run's folder.")
 ]
 
+Best = Annotated[
+    bool,
+    typer.Option(
+        "--best",
+        help="With --resume: go back to the checkpoint of the best accuracy, and drop later ones.",
+    ),
+]
 DataCopy = Annotated[
     Path | None,
     typer.Option(metavar="PATH", help="A copy of data.path to read, as on a node's own disk."),
@@ -230,6 +237,7 @@ def train(
     config: MaybeConfig = None,
     overrides: Overrides = None,
     resume: Resume = None,
+    best: Best = False,
     data_copy: DataCopy = None,
 ) -> None:
     """Train: under mpirun or srun with a rank each, alone on the virtual cluster."""
@@ -237,16 +245,16 @@ def train(
     if launched is None:
         if data_copy is not None:
             raise UserError("--data-copy is for ranks under a launcher: set data.path instead")
-        _train_virtually(config, overrides, resume, noted=True)
+        _train_virtually(config, overrides, resume, best, noted=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training, ends the rank, so the job
     check_mpi(launched)
-    settings, name = _settings_to_train(config, overrides, resume)
+    settings, name = _settings_to_train(config, overrides, resume, best)
 
     from hpc_hdb.report.progress import Progress
     from hpc_hdb.run.over_mpi import train_over_mpi
 
     progress = Progress(find_console())
-    raise typer.Exit(train_over_mpi(settings, name, resume, progress, data_copy))
+    raise typer.Exit(train_over_mpi(settings, name, resume, best, progress, data_copy))
 
 
 @app.command()
@@ -255,6 +263,7 @@ def simulate(
     config: MaybeConfig = None,
     overrides: Overrides = None,
     resume: Resume = None,
+    best: Best = False,
     timing_only: TimingOnly = False,
     workers: Counts = DEFAULT_COUNTS,
     samples: Samples = None,
@@ -275,13 +284,17 @@ def simulate(
         show_timing(settings, workers, samples, servers, ranks_per_worker, fan_out, jitter, as_json)
         return
     refuse_timing_options(context)
-    _train_virtually(config, overrides, resume, noted=False)
+    _train_virtually(config, overrides, resume, best, noted=False)
 
 
 def _train_virtually(
-    config: str | None, overrides: list[str] | None, resume: Path | None, noted: bool
+    config: str | None,
+    overrides: list[str] | None,
+    resume: Path | None,
+    best: bool,
+    noted: bool,
 ) -> NoReturn:
-    settings, name = _settings_to_train(config, overrides, resume)
+    settings, name = _settings_to_train(config, overrides, resume, best)
 
     from hpc_hdb.report.progress import Progress
     from hpc_hdb.run.virtually import train_virtually
@@ -292,15 +305,17 @@ def _train_virtually(
             "no launcher: the workers are simulated in this process, on a virtual clock\n"
             "(for real ones: mpirun -n 5 hdb train ...)"
         )
-    raise typer.Exit(train_virtually(settings, name, resume, progress))
+    raise typer.Exit(train_virtually(settings, name, resume, best, progress))
 
 
 def _settings_to_train(
-    config: str | None, overrides: list[str] | None, resume: Path | None
+    config: str | None, overrides: list[str] | None, resume: Path | None, best: bool
 ) -> tuple[Settings, str]:
     """The settings and a name for the run folder; a resumed run has both already."""
     if (config is None) == (resume is None):
         raise UserError("give a CONFIG to train, or --resume RUN to go on with a run")
+    if best and resume is None:
+        raise UserError("--best is for going on with a run: give --resume RUN as well")
     if resume is not None:
         if overrides:
             raise UserError("--resume goes on with the run's own settings: leave out --set")
@@ -312,13 +327,19 @@ def _settings_to_train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint of the best accuracy instead.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's model, or its newest checkpoint, on the held-out images."""
     from hpc_hdb.run.evaluation import evaluate_run
 
+    notes: list[str] = []
     with find_console().status("evaluating ..."):
-        source, result = evaluate_run(run)
+        source, result = evaluate_run(run, best, notes.append)
+    for note in notes:
+        print(note, file=sys.stderr)
     if as_json:
         print(json.dumps({"model": str(source)} | asdict(result), indent=2))
     else:

@@ -28,6 +28,13 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _holds_no_null_characters(self) -> Section:
+        for name, value in self:
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise ValueError(f"{type(self).__name__.lower()}.{name} holds a null character")
+        return self
+
 
 class Data(Section):
     """Where the images come from."""
@@ -165,9 +172,19 @@ class Run(Section):
     """CPU threads per rank; 0 shares the node's cores (or takes OMP_NUM_THREADS)."""
     checkpoint_every: Positive = 1
     """Commits of one worker after which a checkpoint is written."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept; beside them the best by accuracy is."""
     evaluate_every: Positive = 1
     """Epochs between evaluations of the merged model."""
     evaluation_batch: Positive = 250
+
+    @property
+    def states_kept(self) -> int:
+        """Commits of a worker back to which its state is kept, so that each checkpoint has its own.
+
+        Each is at most `checkpoint_every` commits behind the next, and one more is under way.
+        """
+        return self.keep_checkpoints * (self.checkpoint_every + 1)
 
 
 class Settings(Section):
@@ -232,7 +249,7 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     text = _config_text(config)
     try:
         values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{config} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(values, override)
@@ -253,7 +270,9 @@ def read_settings(path: Path) -> Settings:
         return parse_settings(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
@@ -281,7 +300,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write section.key=value, such as run.seed=1")
     try:
         (value,) = tomllib.loads(f"value = {text}").values()
-    except ValueError:  # no TOML, or more than one value
+    except (ValueError, RecursionError):  # no TOML, or more than one value
         value = text.strip()
     table = values.setdefault(section, {})
     if not isinstance(table, dict):

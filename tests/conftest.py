@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -17,6 +18,11 @@ BIN = Path(sys.executable).parent
 
 TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
 """A time model for the digits preset, so that a test's plan does not depend on the machine."""
+
+# HYPOTHESIS_PROFILE=soak tries each property as often as it takes to find what is rare.
+hypothesis.settings.register_profile("suite", max_examples=100, deadline=None)
+hypothesis.settings.register_profile("soak", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 def environment() -> dict[str, str]:
@@ -84,6 +90,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data")
     prepare_data(Data(source="digits", path=path))
     return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk on ``tmp_path/disk``, with the options given; skips where it may not."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=False)
+        if done.returncode:
+            pytest.skip("no disk can be mounted here: a full one was not tested")
+        return path
+
+    yield mount
+    while subprocess.run(["umount", path], check=False, stderr=subprocess.DEVNULL).returncode == 0:
+        pass
 
 
 @pytest.fixture(scope="session")

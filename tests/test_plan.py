@@ -50,10 +50,6 @@ GTX1080_32 = BatchTime(5.0563588585e-4, 1.5562114075e-2)
 """The authors' time model of CIFAR-100 at 32x32 on a GTX 1080."""
 
 
-settings.register_profile("busy machine", deadline=None)
-settings.load_profile("busy machine")
-
-
 def hdb(*words: str) -> str:
     """What the command prints, without starting a process for it."""
     done = CliRunner().invoke(app, words)

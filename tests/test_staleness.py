@@ -77,8 +77,9 @@ class Run:
             checkpoint = load_checkpoint(self.folder, evaluator.parameters.signature)
             assert checkpoint.rounds["commits"] == len(self.commits), "a signal loses nothing"
             server.resume(checkpoint, 0)
+        kept = self.settings.run.states_kept
         workers = [
-            run_worker(link, make_trainer(self.settings, data, cpu), False, self.folder, 1)
+            run_worker(link, make_trainer(self.settings, data, cpu), False, self.folder, kept)
             for link in cluster.workers
         ]
         cluster.run(server.run(), workers)

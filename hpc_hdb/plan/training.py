@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -94,15 +95,45 @@ class TrainingPlan:
 
     @classmethod
     def from_dict(cls, values: dict, time_ratio: float) -> TrainingPlan:
-        """The plan that `to_dict` wrote, solved again with the run's `time_ratio`."""
+        """The plan that `to_dict` wrote, solved again with the run's `time_ratio`.
+
+        Raises
+        ------
+        UserError
+            If the values do not make a plan, or are not all of one and the same.
+        KeyError, TypeError, AttributeError
+            If they are not of that form.
+        """
         timing = {int(side): BatchTime(**line) for side, line in values["timing"].items()}
         stages = [
             Stage(**{key: value for key, value in stage.items() if key != "epoch_seconds"})
             for stage in values["stages"]
         ]
-        samples, workers, small = (values[k] for k in ("samples", "workers", "small_workers"))
+        whole = [values[k] for k in ("samples", "workers", "small_workers", "ranks_per_worker")]
+        if not all(type(value) is int for value in whole):
+            raise UserError("its counts are not whole numbers")
+        samples, workers, small, ranks = whole
+        _check_stages(stages)
         plan = plan_training(stages, timing, samples, workers, small, time_ratio)
-        return replace(plan, ranks=values.get("ranks_per_worker", 1))
+        plan = replace(plan, ranks=ranks)
+        if plan.to_dict() != values:
+            raise UserError("its figures do not agree with one another")
+        return plan
+
+
+def _check_stages(stages: Sequence[Stage]) -> None:
+    """Raise UserError unless they are of numbers, and follow one another from epoch 0 on."""
+    for stage in stages:
+        whole = (stage.start_epoch, stage.end_epoch, stage.resolution, stage.large_batch)
+        real = (stage.learning_rate, stage.dropout)
+        if not all(type(value) is int for value in whole) or not all(
+            type(value) in (int, float) and math.isfinite(value) for value in real
+        ):
+            raise UserError("a stage is not made of numbers")
+    bounds = [0, *(stage.end_epoch for stage in stages)]
+    starts = [stage.start_epoch for stage in stages]
+    if not stages or starts != bounds[:-1] or bounds != sorted(set(bounds)):
+        raise UserError("its stages do not follow one another")
 
 
 def plan_training(

@@ -16,6 +16,8 @@ through a resume). Events by name:
   (while training), ``predicted_seconds``, and the seconds of the round
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
 - ``checkpoint``: ``commit``, ``file``
+- ``slow_write``: ``file`` of a checkpoint that is still being written, and ``seconds`` since when
+- ``damaged``: ``file`` that is not gone on from, ``reason``, and what is used ``instead``
 - ``left_out``: ``commit``, ``file``: a bad image, where those are skipped
 - ``refused``: ``commit``, ``worker``, ``times`` (in a row), ``epoch``, ``stage``,
   ``learning_rate``: a round that ended in NaN or infinity, and was not merged
@@ -48,8 +50,21 @@ _NEEDED = {
     "leave": ("worker", "group"),
     "left_out": ("file",),
     "resume": ("commit",),
+    "start": (),
 }
 """What a line must hold to be of use: one that a crash or an editor damaged is left out."""
+
+_WHOLE = {
+    *("batch", "begin", "commit", "commits_per_epoch", "end", "end_epoch", "large_batch", "part"),
+    *("pulled_at", "ranks_per_worker", "resolution", "samples", "servers", "small_batch"),
+    *("small_workers", "stage", "start_epoch", "steps", "threads", "worker", "workers"),
+}
+_FROM_ONE = {"commits_per_epoch", "ranks_per_worker", "workers"}
+_REAL = {"dropout", "epoch", "learning_rate", "seconds", "time", "update_factor"}
+_MAY_DIVERGE = {"accuracy", "loss"}
+_TEXT = {"device", "event", "file", "instead", "mode", "reason", "signal", "sync"}
+_LARGEST = 1e15
+"""Of numbers in a log, well beyond any that is meant: what is drawn or added up stays finite."""
 
 
 class EventLog:
@@ -76,11 +91,11 @@ class EventLog:
     def emit(self, name: str, values: Event) -> None:
         """Log an event; ``progress`` only goes to the listeners."""
         event = {"event": name, "time": round(self._now(), 6)} | values
+        for listener in self._listeners:  # first: a disk that hangs is told before it is met
+            listener(event)
         if name != "progress":
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
-        for listener in self._listeners:
-            listener(event)
 
     def close(self) -> None:
         self._file.close()
@@ -94,6 +109,11 @@ def _end_cut_line(path: Path) -> None:
 
 
 def read_events(run: Path) -> list[Event]:
+    """As `read_log`, the events alone."""
+    return read_log(run)[0]
+
+
+def read_log(run: Path) -> tuple[list[Event], int]:
     """Events of a run as if it had never been interrupted.
 
     What came after the checkpoint that a resumed run went on from was done again and is left
@@ -104,10 +124,16 @@ def read_events(run: Path) -> list[Event]:
     run : Path
         The run folder.
 
+    Returns
+    -------
+    events : list of Event
+    damaged : int
+        Lines left out that are no events.
+
     Raises
     ------
     UserError
-        If there is no event log, or it cannot be read.
+        If there is no event log, it cannot be read, or all of it is damaged.
     """
     path = run / "events.jsonl"
     try:
@@ -116,27 +142,53 @@ def read_events(run: Path) -> list[Event]:
         raise UserError(f"{run} is not a run folder: it has no events.jsonl") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    lines = text.split("\n")
     events: list[Event] = []
-    for line in text.split("\n"):
+    damaged = 0
+    for number, line in enumerate(lines, start=1):
         event = _parse(line)
         if event is None:
+            damaged += number < len(lines)  # the last one may just be being written
             continue
         if event["event"] == "resume":
             events = [old for old in events if _still_holds(old, event["commit"])]
         events.append(event)
-    return events
+    if not events and text.strip():
+        raise UserError(f"{path} is damaged, or no event log: none of its lines is an event")
+    return events, damaged
 
 
 def _parse(line: str) -> Event | None:
     """The event of a line; None if the line is damaged."""
     try:
         event = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    needed = ("time", *_NEEDED.get(event["event"], ()))
-    return event if all(event.get(key) is not None for key in needed) else None
+    needed = _NEEDED.get(event["event"], ())
+    if any(event.get(key) is None for key in ("time", *needed)):
+        return None
+    known = {key: value for key, value in event.items() if value is not None}
+    checked = known if event["event"] in _NEEDED else {"time", "commit"} & set(known)
+    return known if all(_fits(key, known[key]) for key in checked) else None
+
+
+def _fits(key: str, value: object) -> bool:
+    """Whether a value is of the kind that its key has in every event."""
+    if key in _TEXT:
+        return isinstance(value, str)
+    if key in ("group", "trained_as"):
+        return value in ("large", "small")
+    if key == "versions":
+        return isinstance(value, dict)
+    if key in _MAY_DIVERGE:
+        return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
+    if key in _WHOLE:
+        return type(value) is int and (key in _FROM_ONE) <= value < _LARGEST
+    if key in _REAL or key.endswith("_seconds"):
+        return type(value) in (int, float) and 0 <= value < _LARGEST  # type: ignore[operator]
+    return True
 
 
 def _still_holds(event: Event, commit: int) -> bool:

@@ -31,6 +31,11 @@ _LINES_BESIDE_BARS = 12
 """Of a terminal's height, kept for what is printed above the bars of the workers."""
 
 
+def damage_line(file: str, reason: str, instead: str) -> str:
+    """What is told of a damaged file that the run can do without."""
+    return f"{file} cannot be used ({reason}): going on with {instead}"
+
+
 class _Bars(bars.Progress):
     """Bars that end in an empty line: mpirun withholds a last line that has no end yet."""
 
@@ -102,6 +107,13 @@ class Progress:
         if name == "resume":
             self._resumed_at = event["commit"]
             self.note(f"resumed after commit {event['commit']}")
+        elif name == "damaged":
+            self.note(damage_line(**{key: event[key] for key in ("file", "reason", "instead")}))
+        elif name == "slow_write":
+            self.note(
+                f"checkpoint {event['file']} has been writing for {event['seconds']:.0f} s: does "
+                "the file system hang? The workers wait for it"
+            )
         if self._run is None:
             return
         if name == "commit":

@@ -26,6 +26,7 @@ from hpc_hdb.report.tables import (
 )
 from hpc_hdb.report.time_plots import plot_roles, plot_stages
 from hpc_hdb.report.timeline import plot_timeline
+from hpc_hdb.report.units import format_count
 
 _PLOTS = {
     "accuracy": plot_accuracy,
@@ -59,6 +60,10 @@ class Report:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
+        for run in self.runs:
+            if run.damaged_lines:
+                lines = format_count(run.damaged_lines, "damaged line")
+                yield Text(f"{run.folder / 'events.jsonl'}: {lines} left out")
         if len(self.runs) == 1:
             summary = self.runs[0].summary
             yield Text(result_lines(summary))

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpc_hdb.report.events import Event, read_events
+from hpc_hdb.report.events import Event, read_log
 from hpc_hdb.report.summary import run_facts, summarise
 
 if sys.version_info >= (3, 11):
@@ -31,12 +31,15 @@ class Run:
     events : list of Event
     settings : dict of str to str
         From its config.toml, by ``section.key``; empty where there is none to read.
+    damaged_lines : int
+        Of its event log, which are left out.
     """
 
     name: str
     folder: Path
     events: list[Event]
     settings: dict[str, str]
+    damaged_lines: int
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -90,10 +93,11 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         If a folder holds no event log.
     """
     unique = list({folder.resolve(): folder for folder in folders}.values())
-    return [
-        Run(name, folder, read_events(folder), _read_settings(folder / "config.toml"))
-        for name, folder in zip(_names(unique), unique, strict=True)
-    ]
+    runs = []
+    for name, folder in zip(_names(unique), unique, strict=True):
+        events, damaged = read_log(folder)
+        runs.append(Run(name, folder, events, _read_settings(folder / "config.toml"), damaged))
+    return runs
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -115,7 +119,7 @@ def _read_settings(path: Path) -> dict[str, str]:
     """Settings as text; they are for show alone, so that those of any version will do."""
     try:
         sections = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {
         f"{section}.{key}": value if isinstance(value, str) else json.dumps(value, default=str)

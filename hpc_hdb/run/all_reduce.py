@@ -67,7 +67,7 @@ def lead(
     cluster = LocalCluster()
     keep = folder.checkpoints if settings.train.keep_momentum else None
     worker = run_worker(
-        LeaderLink(cluster.worker, group), trainer, True, keep, settings.run.checkpoint_every
+        LeaderLink(cluster.worker, group), trainer, True, keep, settings.run.states_kept
     )
 
     def drive(server: Coroutine[Any, Any, Tensor]) -> Tensor:
@@ -94,5 +94,5 @@ def follow(
         time_sweeps(make_trainer(settings, data, place.device, group), sizes)
     link = MemberLink(group, lambda: evaluator.evaluate(evaluator.parameters.wire))
     trainer = make_trainer(settings, data, place.device, group)
-    complete(run_worker(link, trainer, True, None, settings.run.checkpoint_every))
+    complete(run_worker(link, trainer, True, None, settings.run.states_kept))
     group.close()

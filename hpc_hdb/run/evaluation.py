@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from hpc_hdb.config import read_settings
 from hpc_hdb.errors import UserError
+from hpc_hdb.report.progress import damage_line
 from hpc_hdb.run.build import choose_place, make_evaluator
-from hpc_hdb.train.checkpoint import load_checkpoint
+from hpc_hdb.train.checkpoint import BEST, load_best, load_checkpoint
 from hpc_hdb.train.data import prepare_data
 from hpc_hdb.train.evaluate import Evaluation
+from hpc_hdb.train.sealed import DamagedFile, read_sealed
 
 
-def evaluate_run(run: Path) -> tuple[Path, Evaluation]:
+def evaluate_run(run: Path, best: bool, note: Callable[[str], None]) -> tuple[Path, Evaluation]:
     """Evaluate a run's final model, or the newest checkpoint where it has none yet.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    best : bool
+        Evaluate the best checkpoint instead.
+    note : callable
+        Told of newer checkpoints that are damaged, in a line each.
 
     Returns
     -------
@@ -33,18 +43,21 @@ def evaluate_run(run: Path) -> tuple[Path, Evaluation]:
     place.settle()
     prepare_data(settings.data)
     evaluator = make_evaluator(settings, place.device)
+    folder, signature = run / "checkpoint", evaluator.parameters.signature
+    if best:
+        return folder / BEST, evaluator.evaluate(load_best(folder, signature).model)
     source = run / "model.pt"
     if not source.exists():
-        source = run / "checkpoint"
-        checkpoint = load_checkpoint(source, evaluator.parameters.signature)
-        return source, evaluator.evaluate(checkpoint.model)
+        checkpoint = load_checkpoint(
+            folder, signature, lambda *damage: note(damage_line(*map(str, damage)))
+        )
+        return folder / checkpoint.file, evaluator.evaluate(checkpoint.model)
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-        evaluator.parameters.model.load_state_dict(state)
-    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        evaluator.parameters.model.load_state_dict(read_sealed(source))
+    except (DamagedFile, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(
-            f"{source} is damaged or of another model ({reason}): go on from the run's "
-            f"checkpoint with hdb train --resume {run}"
+            f"{source} is damaged or of another model ({reason}): remove it, and the run writes it "
+            f"again with hdb train --resume {run}"
         ) from None
     return source, evaluator.evaluate(evaluator.parameters.flat.clone())

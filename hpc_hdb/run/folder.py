@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
 import shlex
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hpc_hdb.config import Settings, read_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
+from hpc_hdb.run.lock import FolderLock
 
 _OF_A_RUN = ("config.toml", "plan.json", "events.jsonl", "checkpoint", "model.pt")
 
@@ -34,20 +32,35 @@ _ADVICE = {
 class RunFolder:
     """A locked run folder; made by `create` or `reopen`.
 
-    The lock is the kernel's (``flock``): it ends with the process, however that ends. As a
-    context it unlocks at the end, and takes a new folder away again in which no run began.
+    As a context it unlocks at the end, and takes a new folder away again in which no run began.
+
+    Attributes
+    ----------
+    path : Path
+    resumed : bool
+        Whether it holds a run that goes on.
+    goes_back : bool
+        Whether that goes on from its best checkpoint instead of the newest.
     """
 
-    def __init__(self, path: Path, resumed: bool, made: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        note: Callable[[str], None],
+        resumed: bool,
+        goes_back: bool = False,
+        made: bool = False,
+    ) -> None:
         self.path = path
         self.resumed = resumed
+        self.goes_back = goes_back
         self._made = made
         self._begun = resumed
-        self._lock = _lock(path)
+        self._lock = FolderLock(path, note)
 
     @classmethod
-    def create(cls, settings: Settings, name: str) -> RunFolder:
-        """Make a new run folder.
+    def create(cls, settings: Settings, name: str, note: Callable[[str], None]) -> RunFolder:
+        """Make a new run folder; `note` is as in `FolderLock`.
 
         Raises
         ------
@@ -58,18 +71,28 @@ class RunFolder:
         with _to_be_written(path):
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, resumed=False, made=made)
-            if any((path / of_a_run).exists() for of_a_run in _OF_A_RUN):
-                raise UserError(
-                    f"{path} already holds a run: go on with it by --resume {_quoted(path)}, "
-                    "or choose another run.output"
-                )
-            folder._sign()
+            folder = cls(path, note, resumed=False, made=made)
+            with folder._left_on_errors():
+                if any((path / of_a_run).exists() for of_a_run in _OF_A_RUN):
+                    raise UserError(
+                        f"{path} already holds a run: go on with it by --resume {_quoted(path)}, "
+                        "or choose another run.output"
+                    )
+                folder._lock.sign()
         return folder
 
     @classmethod
-    def reopen(cls, path: Path) -> tuple[RunFolder, Settings]:
+    def reopen(
+        cls, path: Path, goes_back: bool, note: Callable[[str], None]
+    ) -> tuple[RunFolder, Settings]:
         """Open the folder of an interrupted run, and the settings it was started with.
+
+        Parameters
+        ----------
+        goes_back : bool
+            As the attribute.
+        note : callable
+            As in `FolderLock`.
 
         Raises
         ------
@@ -80,19 +103,28 @@ class RunFolder:
             raise UserError(f"--resume {path}: there is no such run folder")
         with _to_be_written(path):
             settings = read_settings(path / "config.toml")
-            folder = cls(path, resumed=True)
-            folder._sign()
+            folder = cls(path, note, resumed=True, goes_back=goes_back)
+            with folder._left_on_errors():
+                folder._lock.sign()
         return folder, settings
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lock.release()
         if self._made and not self._begun:
             with contextlib.suppress(OSError):  # it may have been filled meanwhile
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
-        self._lock.close()
+
+    @contextlib.contextmanager
+    def _left_on_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.__exit__()
+            raise
 
     @property
     def checkpoints(self) -> Path:
@@ -104,8 +136,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return (self.path / "summary.json").exists()
+        """Whether the run has come to its end, and its model is there."""
+        return (self.path / "summary.json").exists() and self.model.exists()
+
+    def check(self) -> None:
+        """Raise UserError where another run has taken the folder over."""
+        self._lock.check()
 
     def begin(self, settings: Settings, plan: TrainingPlan) -> None:
         """Write what the run is to do; from now on the folder holds a run.
@@ -133,8 +169,6 @@ class RunFolder:
         path = self.path / "plan.json"
         try:
             plan = TrainingPlan.from_dict(json.loads(path.read_text()), time_ratio)
-            if not plan.plans:
-                raise ValueError("it has no stages")
         except Exception as error:  # a damaged file raises whatever its bytes lead to
             what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
             again = _quoted(self.path / "config.toml")
@@ -157,12 +191,6 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
-
-    def _sign(self) -> None:
-        """Say in the lock file who holds the lock."""
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
 
 
 @contextlib.contextmanager
@@ -190,22 +218,6 @@ def _to_be_written(path: Path) -> Iterator[None]:
             f"cannot use the run folder {path}: {_reason(error)}: choose a run.output on a disk "
             "with room where you may write"
         ) from None
-
-
-def _lock(path: Path) -> IO[str]:
-    """Lock `path` for this process; keep what is returned."""
-    file = (path / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise UserError(
-            f"{path} is in use by a run ({holder}): wait for it, or choose another run.output"
-        ) from None
-    except OSError:
-        pass  # this file system has no locks: better without than not at all
-    return file
 
 
 def _reason(error: OSError) -> str:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from dali_pipelines.shards import write_whole
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.network import ASSUMED, Network
@@ -15,7 +16,7 @@ NETWORK_FILE = "network.json"
 
 def write_network(path: Path, network: Network, about: dict[str, str | int]) -> None:
     """Write network.json; `about` says on what it was measured."""
-    path.write_text(json.dumps(about | asdict(network), indent=2) + "\n")
+    write_whole(path, (json.dumps(about | asdict(network), indent=2) + "\n").encode())
 
 
 def find_network(settings: Settings) -> tuple[Network, str]:
@@ -41,7 +42,7 @@ def find_network(settings: Settings) -> tuple[Network, str]:
         raise UserError(
             f"no network file {path}: write it with 'mpirun -n RANKS hdb profile --network'"
         ) from None
-    except (OSError, KeyError, TypeError, ValueError, UserError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise UserError(
             f"network file {path} is damaged ({type(error).__name__}: {error}): "
             "write it again with 'hdb profile --network'"

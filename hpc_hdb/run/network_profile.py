@@ -51,7 +51,7 @@ def profile_network(settings: Settings, output: Path) -> tuple[Network | None, P
     Raises
     ------
     UserError
-        If there is no folder to write into.
+        If the file cannot be written.
     """
     path = output.with_name(NETWORK_FILE)
     if not path.parent.is_dir():
@@ -67,7 +67,12 @@ def profile_network(settings: Settings, output: Path) -> tuple[Network | None, P
             "model_bytes": 4 * size,
             "mpi": MPI.Get_library_version().split(",")[0].strip("\x00\n "),
         }
-        write_network(path, network, about)
+        try:
+            write_network(path, network, about)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}: choose another --output"
+            ) from None
     rest(comm)
     comm.Free()
     return network, path

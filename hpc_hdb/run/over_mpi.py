@@ -61,6 +61,7 @@ def train_over_mpi(
     settings: Settings,
     name: str,
     resume: Path | None,
+    best: bool,
     progress: Progress,
     data_copy: Path | None = None,
 ) -> int:
@@ -74,7 +75,9 @@ def train_over_mpi(
     comm = world()
     try:
         if comm.rank == SERVER:
-            return _tell_status(comm, _server(comm, settings, name, resume, progress, data_copy))
+            return _tell_status(
+                comm, _server(comm, settings, name, resume, best, progress, data_copy)
+            )
         return _follower_or_worker(comm)
     except MPI.Exception as error:
         if not is_failure(error):
@@ -87,6 +90,7 @@ def _server(
     settings: Settings,
     name: str,
     resume: Path | None,
+    best: bool,
     progress: Progress,
     data_copy: Path | None,
 ) -> int:
@@ -96,9 +100,9 @@ def _server(
             check_roles(
                 comm.size, settings.plan.small_workers, server.servers, server.ranks_per_worker
             )
-        folder = RunFolder.create(settings, name)
+        folder = RunFolder.create(settings, name, progress.note)
     else:
-        folder, settings = RunFolder.reopen(resume)
+        folder, settings = RunFolder.reopen(resume, best, progress.note)
     with folder:
         if resume is not None and has_finished(folder, progress):
             _broadcast_json(comm, {})
@@ -236,9 +240,9 @@ def _worker(
         link = MemberLink(group)
     trainer = make_trainer(settings, data, place.device, group)
     keep = folder / "checkpoint" if settings.train.keep_momentum and split.leads else None
-    every = settings.run.checkpoint_every
+    kept = settings.run.states_kept
     with results_in(folder):
-        complete(run_worker(link, trainer, settings.server.synchronous, keep, every))
+        complete(run_worker(link, trainer, settings.server.synchronous, keep, kept))
     if group is not None:
         group.close()
 

@@ -28,6 +28,7 @@ from dali_pipelines.shards import (
     ORIGINAL,
     ShardError,
     ShardRecord,
+    check_indices,
     check_shard,
     read_manifest,
     write_manifest,
@@ -154,10 +155,17 @@ def pack_split(
                 advance(len(job.files))
             else:
                 running[pool.submit(_pack_shard, job)] = job
-        for future in as_completed(running):
-            job = running.pop(future)
-            records[job.name] = future.result()
-            advance(len(job.files))
+        try:
+            for future in as_completed(running):
+                job = running.pop(future)
+                records[job.name] = future.result()
+                advance(len(job.files))
+        except OSError as error:  # of writing: what cannot be read is left out
+            pool.shutdown(cancel_futures=True)
+            raise UserError(
+                f"cannot write into {folder}: {error.strerror}: make room there, then start the "
+                "same command again"
+            ) from None
     ordered = [records[job.name] for job in jobs if records[job.name].sources]
     if not ordered:
         raise UserError(f"none of the {len(files)} images of {source} can be decoded")
@@ -181,11 +189,12 @@ def verify_split(folder: Path, begin: Callable[[int], None], advance: Advance) -
         If it is not a packed split.
     """
     try:
-        shards = read_manifest(folder)["shards"]
+        manifest = read_manifest(folder)
     except ShardError as error:
         raise UserError(str(error)) from None
+    shards = manifest["shards"]
     begin(len(shards))
-    problems = []
+    problems = check_indices(folder, manifest)
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         for found in pool.map(lambda shard: check_shard(folder, shard), shards):
             problems += found
@@ -199,7 +208,13 @@ def _begin(folder: Path, task: dict[str, Any]) -> None:
         raise UserError(f"{folder} is packed already: check it with hdb verify, or remove it")
     begun = folder / "parts" / "task.json"
     if begun.exists():
-        if json.loads(begun.read_text()) != task:
+        try:
+            same = json.loads(begun.read_bytes()) == task
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{begun} is damaged ({error}): remove {folder}, and pack it again"
+            ) from None
+        if not same:
             raise UserError(
                 f"{folder} was begun with other images or options: remove it, or pack elsewhere"
             )
@@ -218,19 +233,27 @@ def _digest(files: Sequence[str]) -> str:
 
 
 def _finished(job: _Job) -> ShardRecord | None:
-    """The record of a shard that is written already."""
+    """The record of a shard that is written already, and whole."""
     try:
-        values = json.loads(job.record.read_text())
-    except FileNotFoundError:
-        return None
-    return ShardRecord(**values)
+        values = json.loads(job.record.read_bytes())
+        if values.pop("sha256") != _record_checksum(values):
+            return None
+        return ShardRecord(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # missing, or damaged: the shard is written again
+
+
+def _record_checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _pack_shard(job: _Job) -> ShardRecord:
     skipped: list[tuple[str, str]] = []
     record = write_shard(job.folder, job.name, _samples(job, skipped))
     record.skipped = skipped
-    write_whole(job.record, json.dumps(asdict(record)).encode())
+    values = asdict(record)
+    values["sha256"] = _record_checksum(values)
+    write_whole(job.record, json.dumps(values).encode())
     return record
 
 

@@ -37,7 +37,7 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
     Raises
     ------
     UserError
-        If there is no folder to write `output` into.
+        If `output` cannot be written.
     """
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
@@ -61,5 +61,10 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
         "precision": str(choose_precision(settings.train, place.device)).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    write_timing(output, timings, about)
+    try:
+        write_timing(output, timings, about)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output}: {error.strerror}: choose another --output"
+        ) from None
     return timings

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import signal
 from collections.abc import Callable, Coroutine
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,16 @@ from hpc_hdb.report.events import EventLog, read_events
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.report.summary import summarise
 from hpc_hdb.run.folder import RunFolder
-from hpc_hdb.train.checkpoint import has_checkpoint, load_checkpoint, write_atomically
+from hpc_hdb.train.checkpoint import (
+    find_best_accuracy,
+    has_checkpoint,
+    load_best,
+    load_checkpoint,
+    note_lost_states,
+    save_checkpoint,
+)
 from hpc_hdb.train.evaluate import Evaluator
+from hpc_hdb.train.sealed import write_sealed
 from hpc_hdb.train.server import Interrupted, ParameterServer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -62,12 +72,27 @@ def serve(
     UserError
         If the run is resumed and its checkpoint cannot be used.
     """
-    checkpoint = None
-    if folder.resumed and has_checkpoint(folder.checkpoints):
-        checkpoint = load_checkpoint(folder.checkpoints, evaluator.parameters.signature)
+    signature = evaluator.parameters.signature
+    damages: list[dict[str, str]] = []
+
+    def note_damage(file: Path, reason: str, instead: str) -> None:
+        name = str(file.relative_to(folder.path))
+        damages.append({"file": name, "reason": reason, "instead": instead})
+
+    checkpoint, best_accuracy = None, -math.inf
+    if folder.resumed:
+        best_accuracy = find_best_accuracy(folder.checkpoints, signature, note_damage)
+        if folder.goes_back:
+            checkpoint = load_best(folder.checkpoints, signature)
+            save_checkpoint(folder.checkpoints, checkpoint, settings.run.keep_checkpoints)
+        elif has_checkpoint(folder.checkpoints):
+            checkpoint = load_checkpoint(folder.checkpoints, signature, note_damage)
+    if checkpoint is not None and settings.train.keep_momentum:
+        note_lost_states(folder.checkpoints, checkpoint.worker_commits, note_damage)
     before = checkpoint.seconds if checkpoint else 0.0
     log = EventLog(folder.path / "events.jsonl", lambda: before + link.now())
     log.listen(progress.show)
+    log.listen(lambda _: folder.check())
     received = _catch_signals()
     evaluator.parameters.to_wire()
     server = ParameterServer(
@@ -86,8 +111,10 @@ def serve(
     if folder.resumed:
         commits = checkpoint.rounds["commits"] if checkpoint else 0
         log.emit("resume", {"commit": commits, "seconds": before})
+    for damage in damages:
+        log.emit("damaged", damage)
     if checkpoint is not None:
-        server.resume(checkpoint, _last_evaluated(folder))
+        server.resume(checkpoint, _last_evaluated(folder), best_accuracy)
     progress.begin(plan, settings.server.commits_per_epoch, settings.server.server_ranks)
     try:
         model = drive(server.run())
@@ -101,7 +128,7 @@ def serve(
     log.emit("end", {"commit": server.commits})
     log.close()
     evaluator.parameters.flat.copy_(model)
-    write_atomically(folder.model, evaluator.parameters.model.state_dict())
+    write_sealed(folder.model, evaluator.parameters.model.state_dict())
     summary = summarise(read_events(folder.path))
     folder.write_json("summary.json", summary)
     progress.end(summary, folder.path)

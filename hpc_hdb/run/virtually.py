@@ -35,7 +35,9 @@ from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.worker import run_worker
 
 
-def train_virtually(settings: Settings, name: str, resume: Path | None, progress: Progress) -> int:
+def train_virtually(
+    settings: Settings, name: str, resume: Path | None, best: bool, progress: Progress
+) -> int:
     """Train with ``plan.workers`` simulated workers; the exit status.
 
     Parameters
@@ -46,6 +48,8 @@ def train_virtually(settings: Settings, name: str, resume: Path | None, progress
         Names the run folder, where the settings do not.
     resume : Path or None
         Run folder to go on with.
+    best : bool
+        Go back to its best checkpoint instead of the newest.
 
     Raises
     ------
@@ -56,9 +60,9 @@ def train_virtually(settings: Settings, name: str, resume: Path | None, progress
         if settings.server.sync != "allreduce":
             servers = settings.server.servers
             check_roles(settings.plan.workers + servers, settings.plan.small_workers, servers)
-        folder = RunFolder.create(settings, name)
+        folder = RunFolder.create(settings, name, progress.note)
     else:
-        folder, settings = RunFolder.reopen(resume)
+        folder, settings = RunFolder.reopen(resume, best, progress.note)
     with folder:
         if resume is not None and has_finished(folder, progress):
             return 0
@@ -92,7 +96,7 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
 
     def drive(server: Coroutine[Any, Any, Tensor]) -> Tensor:
         workers = [
-            run_worker(link, trainer, synchronous, keep, settings.run.checkpoint_every)
+            run_worker(link, trainer, synchronous, keep, settings.run.states_kept)
             for link, trainer in zip(cluster.workers, trainers, strict=True)
         ]
         merge = MERGES[settings.server.merge]

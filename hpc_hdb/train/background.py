@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Generic, TypeVar
 
 import torch
@@ -45,6 +46,10 @@ class Background(Generic[T]):
         """Finish the job if it has ended. Raises what the job raised."""
         if self._job is not None and self._job[0].done():
             self.wait()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait at most so long for the job; whether it has ended, or there is none."""
+        return self._job is None or bool(wait_for([self._job[0]], seconds).done)
 
     def wait(self) -> None:
         """Wait for the job, if there is one, and finish it. Raises what the job raised."""

@@ -1,14 +1,14 @@
-"""Checkpoints: the server's state and each worker's optimizer, written so that none is ever half.
+"""Checkpoints: the server's state and each worker's optimizer, of which none is ever half.
 
-Every file is written beside its final name, flushed to disk, and renamed. Files load with
-``weights_only``, so that loading one executes nothing.
+A folder of them holds the newest few of the server (``00000012.pt``, named after the commit), the
+best by accuracy (``best.pt``), and the newest states of each worker (``worker-1-00000006.pt``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,17 @@ import torch
 from torch import Tensor
 
 from hpc_hdb.errors import UserError
+from hpc_hdb.train.sealed import DamagedFile, read_sealed, write_sealed
 
-_KEEP = 2
+BEST = "best.pt"
+_NUMBERED = "[0-9]" * 8 + ".pt"
+
+NoteDamage = Callable[[Path, str, str], None]
+"""Told of a damaged file: which, what is wrong with it, and what is used instead."""
+
+
+def _tell_nobody(file: Path, reason: str, instead: str) -> None:
+    pass
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Checkpoint:
         Commits of each worker.
     seconds : float
         Seconds of training so far.
+    accuracy : float or None
+        On the held-out images, from 0 to 1; None where this version was not evaluated.
     """
 
     model: Tensor
@@ -44,113 +55,185 @@ class Checkpoint:
     rounds: dict[str, Any]
     worker_commits: dict[int, int]
     seconds: float
+    accuracy: float | None = None
+
+    @property
+    def file(self) -> str:
+        """The name of its file among the newest."""
+        return f"{self.rounds['commits']:08d}.pt"
 
 
-def write_atomically(path: Path, value: Any, durable: bool = True) -> None:
-    """Save `value` with torch under `path`, whole or not at all.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint into `folder`, and keep the newest `keep`.
 
-    Parameters
-    ----------
-    durable : bool
-        Also flush to disk, so that it survives the machine and not only the process.
+    Later ones than this are of a past that no longer counts (the run went back, or they were
+    damaged), and are removed too, as is what kills left unfinished.
     """
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "wb") as file:
-        torch.save(value, file)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    unfinished.replace(path)
-    if durable:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint into `folder`; remove all but the newest two, and what kills left."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{checkpoint.rounds['commits']:08d}.pt"
-    write_atomically(path, vars(checkpoint) | {"sha256": _digest(checkpoint.model)})
-    for old in _server_files(folder)[:-_KEEP]:
-        old.unlink(missing_ok=True)
-    for unfinished in folder.glob("[0-9]*.part"):
-        unfinished.unlink(missing_ok=True)
+    path = folder / checkpoint.file
+    write_sealed(path, vars(checkpoint))
+    kept = [file for file in _numbered(folder) if file.name <= path.name][-keep:]
+    for file in {*_numbered(folder), *folder.glob(_NUMBERED + ".part")}.difference(kept):
+        file.unlink(missing_ok=True)
     return path
+
+
+def save_best(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint as the best one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sealed(folder / BEST, vars(checkpoint))
+    return folder / BEST
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a checkpoint, be it whole or damaged."""
-    return bool(_server_files(folder))
+    return bool(_numbered(folder))
 
 
-def load_checkpoint(folder: Path, signature: str) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, signature: str, note_damage: NoteDamage = _tell_nobody
+) -> Checkpoint:
     """The newest whole checkpoint in `folder`.
 
     Parameters
     ----------
     signature : str
         Of the model that is to go on from it.
+    note_damage : callable
+        Told of newer ones that are damaged, where there is a whole one.
 
     Raises
     ------
     UserError
         If there is none, all are damaged, or it belongs to another model.
     """
-    problem = f"{folder} holds no checkpoint: start the run anew, with another run.output"
-    for path in reversed(_server_files(folder)):
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(_numbered(folder)):
         try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-            if values.pop("sha256") != _digest(values["model"]):
-                raise ValueError("its checksum is wrong")
-            checkpoint = Checkpoint(**values)
-        except Exception as error:  # a damaged file raises whatever its bytes lead to
-            reason = str(error).split("\n")[0][:120]
-            problem = (
-                f"checkpoint {path} is damaged ({reason}) and there is no older whole one: "
-                "start the run anew, with another run.output"
-            )
+            checkpoint = _load(path, signature)
+        except (DamagedFile, FileNotFoundError) as error:
+            damaged.append((path, str(error)))
             continue
-        if checkpoint.signature != signature:
-            raise UserError(
-                f"checkpoint {path} belongs to another model: set model and data as in "
-                f"{folder.parent / 'config.toml'}"
-            )
+        for file, reason in damaged:
+            note_damage(file, reason, path.name)
         return checkpoint
-    raise UserError(problem)
+    advice = "start the run anew, with another run.output"
+    if not damaged:
+        raise UserError(f"{folder} holds no checkpoint: {advice}")
+    path, reason = damaged[0]
+    if (folder / BEST).exists():
+        advice = f"go back to the best one with hdb train --resume {folder.parent} --best"
+    raise UserError(
+        f"checkpoint {path} is damaged ({reason}) and there is no older whole one: {advice}"
+    )
 
 
-def save_worker_state(
-    folder: Path, rank: int, commits: int, state: dict, checkpoint_every: int
-) -> None:
+def load_best(folder: Path, signature: str) -> Checkpoint:
+    """The best checkpoint in `folder`; parameters and errors as `load_checkpoint`."""
+    path = folder / BEST
+    try:
+        return _load(path, signature)
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {path}: a run has it once its model has been evaluated"
+        ) from None
+    except DamagedFile as error:
+        raise UserError(
+            f"checkpoint {path} is damaged ({error}): go on from the newest one, without --best"
+        ) from None
+
+
+def find_best_accuracy(folder: Path, signature: str, note_damage: NoteDamage) -> float:
+    """The accuracy of the best checkpoint; minus infinity where there is no whole one of the model.
+
+    Removes what a kill left of one.
+    """
+    (folder / f"{BEST}.part").unlink(missing_ok=True)
+    try:
+        accuracy = _load(folder / BEST, signature).accuracy
+    except FileNotFoundError:
+        return -math.inf
+    except (DamagedFile, UserError) as error:
+        note_damage(folder / BEST, str(error), "the next best")
+        return -math.inf
+    return -math.inf if accuracy is None else accuracy
+
+
+def save_worker_state(folder: Path, rank: int, commits: int, state: dict, kept: int) -> None:
     """Keep what worker `rank` needs besides the model after its commit number `commits`.
 
-    Older ones are removed once no checkpoint can belong to them: each of the newest two is at
-    most `checkpoint_every` commits of the worker behind the next, and one more is under way.
+    Parameters
+    ----------
+    kept : int
+        Commits back to which such states are kept (`hpc_hdb.config.Run.states_kept`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(_worker_file(folder, rank, commits), state, durable=False)
-    _worker_file(folder, rank, commits - _KEEP * (checkpoint_every + 1)).unlink(missing_ok=True)
+    write_sealed(_worker_file(folder, rank, commits), state, durable=False)
+    _worker_file(folder, rank, commits - kept).unlink(missing_ok=True)
 
 
 def load_worker_state(folder: Path, rank: int, commits: int, device: torch.device) -> dict | None:
-    """What `save_worker_state` kept, or None: training then goes on with a fresh optimizer."""
-    with contextlib.suppress(Exception):  # missing or cut short by a crash of the machine
-        return torch.load(
-            _worker_file(folder, rank, commits), map_location=device, weights_only=True
-        )
+    """What `save_worker_state` kept; None where it is missing or damaged.
+
+    Training then goes on with a fresh optimizer, of which `note_lost_states` tells.
+    """
+    with contextlib.suppress(FileNotFoundError, DamagedFile):
+        return _load_state(_worker_file(folder, rank, commits), device)
     return None
 
 
-def _server_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*.pt"))
+def note_lost_states(
+    folder: Path, worker_commits: Mapping[int, int], note_damage: NoteDamage
+) -> None:
+    """Tell of the workers whose state is missing or damaged, if there are any."""
+    lost = []
+    for rank, commits in sorted(worker_commits.items()):
+        if commits:
+            path = _worker_file(folder, rank, commits)
+            try:
+                _load_state(path, torch.device("cpu"))
+            except FileNotFoundError:
+                lost.append((path, "it is missing", rank))
+            except DamagedFile as error:
+                lost.append((path, str(error), rank))
+    if lost:
+        path, reason, _ = lost[0]
+        ranks = [str(rank) for _, _, rank in lost]
+        who = f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {', '.join(ranks)}"
+        note_damage(path, reason, f"a fresh optimizer in {who}")
+
+
+def _load(path: Path, signature: str) -> Checkpoint:
+    """A checkpoint; raises FileNotFoundError, DamagedFile, and UserError where it does not fit."""
+    values = read_sealed(path)
+    try:
+        checkpoint = Checkpoint(**values)
+        whole = checkpoint.model.dtype == torch.float32 and checkpoint.rounds["commits"] >= 0
+        whole = whole and all(commits >= 0 for commits in checkpoint.worker_commits.values())
+    except (TypeError, AttributeError, KeyError):
+        whole = False
+    if not whole:
+        raise DamagedFile("it is no checkpoint")
+    if path.name not in (BEST, checkpoint.file):
+        raise DamagedFile(f"it is that of commit {checkpoint.rounds['commits']}")
+    if checkpoint.signature != signature:
+        raise UserError(
+            f"checkpoint {path} belongs to another model: set model and data as in "
+            f"{path.parent.parent / 'config.toml'}"
+        )
+    return checkpoint
+
+
+def _load_state(path: Path, device: torch.device) -> dict:
+    state = read_sealed(path, device)
+    if not (isinstance(state, dict) and "optimizer" in state):
+        raise DamagedFile("it is no worker's state")
+    return state
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_NUMBERED))
 
 
 def _worker_file(folder: Path, rank: int, commits: int) -> Path:
     return folder / f"worker-{rank}-{commits:08d}.pt"
-
-
-def _digest(model: Tensor) -> str:
-    return hashlib.sha256(model.numpy().data).hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dali_pipelines.shards import write_whole
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, BatchTimeFit, fit_batch_time
 from hpc_hdb.train.trainer import Trainer
@@ -150,7 +151,7 @@ def write_timing(path: Path, timings: dict[int, Timing], about: dict[str, str]) 
             for resolution, timing in timings.items()
         }
     }
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def read_timing(path: Path) -> tuple[dict[int, BatchTime], dict[int, int]]:
@@ -172,7 +173,7 @@ def read_timing(path: Path) -> tuple[dict[int, BatchTime], dict[int, int]]:
             raise ValueError("a large_batch below 1")
     except FileNotFoundError:
         raise UserError(f"no timing file {path}: write it with 'hdb profile'") from None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise UserError(
             f"timing file {path} is damaged ({type(error).__name__}: {error}): "
             "write it again with 'hdb profile'"

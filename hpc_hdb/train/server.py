@@ -7,6 +7,7 @@ Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Param
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ class ParameterServer:
         )
         self._inline = inline
 
-    def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
+    def resume(
+        self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float = -math.inf
+    ) -> None:
         """Go on from a checkpoint, before `run`; with any number of workers.
 
         Parameters
@@ -124,6 +127,8 @@ class ParameterServer:
         checkpoint : Checkpoint
         evaluated : int
             Commit count of the last model evaluated before it; 0 if there was none.
+        best_accuracy : float
+            Of the best checkpoint so far.
         """
         self._model.initial.copy_(checkpoint.model)
         self._book.restore(checkpoint.rounds)
@@ -132,7 +137,7 @@ class ParameterServer:
                 cut.workers, cut.small_workers, self._settings.plan.time_ratio
             )
         self._crew.commits.update(checkpoint.worker_commits)
-        self._snapshots.resume(checkpoint, evaluated)
+        self._snapshots.resume(checkpoint, evaluated, best_accuracy)
         if self._book.cuts[-1].workers != len(self._crew.active):
             self._replan()
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from hpc_hdb.cluster.link import ServerLink
 from hpc_hdb.config import Run
 from hpc_hdb.plan import RoundBook
 from hpc_hdb.train.background import Background
-from hpc_hdb.train.checkpoint import Checkpoint, save_checkpoint
+from hpc_hdb.train.checkpoint import BEST, Checkpoint, save_best, save_checkpoint
 from hpc_hdb.train.evaluate import Evaluation, Evaluator
 from hpc_hdb.train.global_model import GlobalModel
 
 Emit = Callable[[str, dict[str, Any]], None]
+
+_SLOW_SECONDS = 30.0
+"""After which a checkpoint that is still being written is reported, and again at each doubling."""
 
 
 class Snapshots:
@@ -68,9 +76,15 @@ class Snapshots:
         self._evaluated = -1
         self._evaluations: Background[Evaluation] = Background(inline)
         self._writer: Background[Path] = Background(inline)
+        self._written = ""
+        self._write_started = 0.0
+        self._next_complaint = _SLOW_SECONDS
+        self._best_accuracy = -math.inf
+        self._best: Checkpoint | None = None
 
-    def resume(self, checkpoint: Checkpoint, evaluated: int) -> None:
-        """Go on after `checkpoint`; `evaluated` as in `ParameterServer.resume`."""
+    def resume(self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float) -> None:
+        """Go on after `checkpoint`; the rest as in `ParameterServer.resume`."""
+        self._best_accuracy = best_accuracy
         self._saved = dict(self._worker_commits)
         self._seconds_before = checkpoint.seconds
         self._evaluated = evaluated
@@ -80,6 +94,10 @@ class Snapshots:
         """Finish what has ended meanwhile. Raises what it raised."""
         self._evaluations.poll()
         self._writer.poll()
+        if self._writer.busy:
+            self._complain_of_slow_write()
+        else:
+            self._write_best()
 
     async def evaluate_if_due(self) -> None:
         if self._book.epoch >= self._next_evaluation and not self._evaluations.busy:
@@ -94,7 +112,7 @@ class Snapshots:
         if self._folder is not None:
             while self._unsaved(worker) >= self._settings.checkpoint_every:
                 if self._writer.busy:
-                    self._writer.wait()
+                    self._wait_for_writer()
                 else:
                     await self._save()
 
@@ -104,15 +122,19 @@ class Snapshots:
         if self._evaluated != self._book.commits:
             await self._evaluate()
         self._evaluations.wait()
-        self._writer.wait()
+        self._wait_for_writer()
+        self._write_best()
+        self._wait_for_writer()
 
     async def interrupt(self) -> None:
         """Give up the evaluation under way, and save what is merged."""
         self._evaluator.cancel()  # on resume it is done again
-        self._writer.wait()
+        self._wait_for_writer()
         if any(map(self._unsaved, self._saved)):
             await self._save()
-            self._writer.wait()
+            self._wait_for_writer()
+        self._write_best()
+        self._wait_for_writer()
 
     def _unsaved(self, worker: int) -> int:
         return self._worker_commits[worker] - self._saved[worker]
@@ -127,12 +149,21 @@ class Snapshots:
         commits, epoch = self._book.commits, self._book.epoch
         self._next_evaluation = self._evaluation_after(epoch)
         self._evaluated = commits
+        checkpoint = None if self._folder is None else self._checkpoint_of(model)
 
         def done(result: Evaluation) -> None:
-            self._model.release(model)
             for file in self._evaluator.left_out():
                 self._note_left_out(file)
             self._emit("evaluation", {"commit": commits, "epoch": epoch} | vars(result))
+            if checkpoint is None or not result.accuracy > self._best_accuracy:
+                self._model.release(model)
+                return
+            if self._best is not None:  # not written yet, and no longer the best
+                self._model.release(self._best.model)
+            self._best_accuracy = result.accuracy
+            self._best = replace(checkpoint, accuracy=result.accuracy)
+            if not self._writer.busy:
+                self._write_best()
 
         self._evaluations.start(lambda: self._evaluator.evaluate(model), done)
 
@@ -140,18 +171,49 @@ class Snapshots:
         """Write the current version, unless one is just being written."""
         if self._folder is None or self._writer.busy:
             return
-        folder = self._folder
-        checkpoint = Checkpoint(
-            await self._model.hold(),
-            self._evaluator.parameters.signature,
-            self._book.state(),
-            dict(self._worker_commits),
-            self._seconds_before + self._link.now(),
-        )
+        folder, keep = self._folder, self._settings.keep_checkpoints
+        checkpoint = self._checkpoint_of(await self._model.hold())
 
         def done(path: Path) -> None:
             self._model.release(checkpoint.model)
             self._saved.update(checkpoint.worker_commits)
             self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
 
-        self._writer.start(lambda: save_checkpoint(folder, checkpoint), done)
+        self._write(checkpoint.file, lambda: save_checkpoint(folder, checkpoint, keep), done)
+
+    def _write_best(self) -> None:
+        """Write the best version, where there is a new one and nothing else is being written."""
+        if self._best is None or self._folder is None:
+            return
+        folder, (best, self._best) = self._folder, (self._best, None)
+
+        def done(_: Path) -> None:
+            self._model.release(best.model)
+
+        self._write(BEST, lambda: save_best(folder, best), done)
+
+    def _write(self, name: str, work: Callable[[], Path], done: Callable[[Path], None]) -> None:
+        self._written, self._write_started = name, time.monotonic()
+        self._next_complaint = _SLOW_SECONDS
+        self._writer.start(work, done)
+
+    def _wait_for_writer(self) -> None:
+        while not self._writer.ends_within(1.0):
+            self._complain_of_slow_write()
+        self._writer.wait()
+
+    def _complain_of_slow_write(self) -> None:
+        seconds = time.monotonic() - self._write_started
+        if seconds >= self._next_complaint:
+            self._next_complaint *= 2
+            self._emit("slow_write", {"file": self._written, "seconds": round(seconds, 1)})
+
+    def _checkpoint_of(self, model: Tensor) -> Checkpoint:
+        """The server's state with the current version of the model, which is held."""
+        return Checkpoint(
+            model,
+            self._evaluator.parameters.signature,
+            self._book.state(),
+            dict(self._worker_commits),
+            self._seconds_before + self._link.now(),
+        )

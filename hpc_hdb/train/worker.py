@@ -16,7 +16,7 @@ async def run_worker(
     trainer: Trainer,
     bulk_synchronous: bool,
     checkpoints: Path | None,
-    checkpoint_every: int,
+    states_kept: int,
 ) -> None:
     """Train rounds until the server says stop.
 
@@ -29,8 +29,8 @@ async def run_worker(
     checkpoints : Path or None
         Where the optimizer's state is kept before each commit, so that a resumed run goes on
         with it; None keeps nothing, as where another rank of the worker does.
-    checkpoint_every : int
-        As in the settings: with how many of them.
+    states_kept : int
+        As in `hpc_hdb.config.Run.states_kept`.
     """
     model = trainer.parameters
     order = await link.report(Report(ReportKind.JOIN), model.wire)
@@ -52,7 +52,7 @@ async def run_worker(
         if checkpoints is not None and not diverged:
             start = time.perf_counter()
             number = order.worker_commits + 1
-            save_worker_state(checkpoints, link.rank, number, trainer.state(), checkpoint_every)
+            save_worker_state(checkpoints, link.rank, number, trainer.state(), states_kept)
             report.checkpoint_seconds = time.perf_counter() - start
         _add_link_seconds(report, link)
         answer = link.report if bulk_synchronous or diverged else link.exchange
