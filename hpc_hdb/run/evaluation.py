@@ -32,12 +32,14 @@ def evaluate_run(run: Path) -> tuple[Path, Evaluation]:
     place = choose_place(settings)
     place.settle()
     prepare_data(settings.data)
-    evaluator = make_evaluator(settings, place.device)
     source = run / "model.pt"
-    if not source.exists():
+    finished = source.exists()
+    # A final model has its statistics already.
+    evaluator = make_evaluator(settings, place.device, recalibrates=not finished)
+    if not finished:
         source = run / "checkpoint"
         checkpoint = load_checkpoint(source, evaluator.parameters.signature)
-        return source, evaluator.evaluate(checkpoint.model)
+        return source, evaluator.evaluate(checkpoint.result)
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
         evaluator.parameters.model.load_state_dict(state)

@@ -100,7 +100,7 @@ def serve(
         progress.close()
     log.emit("end", {"commit": plan_commits(settings, plan)})
     log.close()
-    evaluator.parameters.flat.copy_(model)
+    evaluator.load(model)
     write_atomically(folder.model, evaluator.parameters.model.state_dict())
     summary = summarise(read_events(folder.path))
     folder.write_json("summary.json", summary)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Checkpoint:
         Commits of each worker.
     seconds : float
         Seconds of training so far.
+    server : dict of str to Tensor, shape (size,), float32
+        What the server's optimizer keeps beside the model: "momentum", "average".
     """
 
     model: Tensor
@@ -44,6 +46,12 @@ class Checkpoint:
     rounds: dict[str, Any]
     worker_commits: dict[int, int]
     seconds: float
+    server: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def result(self) -> Tensor:
+        """What is evaluated: the weight average where there is one."""
+        return self.server.get("average", self.model)
 
 
 def write_atomically(path: Path, value: Any, durable: bool = True) -> None:
@@ -73,7 +81,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint into `folder`; remove all but the newest two, and what kills left."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{checkpoint.rounds['commits']:08d}.pt"
-    write_atomically(path, vars(checkpoint) | {"sha256": _digest(checkpoint.model)})
+    write_atomically(path, vars(checkpoint) | {"sha256": _digest(vars(checkpoint))})
     for old in _server_files(folder)[:-_KEEP]:
         old.unlink(missing_ok=True)
     for unfinished in folder.glob("[0-9]*.part"):
@@ -103,7 +111,7 @@ def load_checkpoint(folder: Path, signature: str) -> Checkpoint:
     for path in reversed(_server_files(folder)):
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
-            if values.pop("sha256") != _digest(values["model"]):
+            if values.pop("sha256") != _digest(values):
                 raise ValueError("its checksum is wrong")
             checkpoint = Checkpoint(**values)
         except Exception as error:  # a damaged file raises whatever its bytes lead to
@@ -152,5 +160,9 @@ def _worker_file(folder: Path, rank: int, commits: int) -> Path:
     return folder / f"worker-{rank}-{commits:08d}.pt"
 
 
-def _digest(model: Tensor) -> str:
-    return hashlib.sha256(model.numpy().data).hexdigest()
+def _digest(values: dict[str, Any]) -> str:
+    """Of all weights among the values of a checkpoint."""
+    digest = hashlib.sha256(values["model"].numpy().data)
+    for _, tensor in sorted(values.get("server", {}).items()):
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -22,6 +22,7 @@ from hpc_hdb.train.checkpoint import Checkpoint
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.merge import MERGES, reduction_weights
+from hpc_hdb.train.server_optimizer import Pace, ServerOptimizer, pace_of
 from hpc_hdb.train.snapshots import Emit, Snapshots
 
 _POLL_SECONDS = 0.2
@@ -81,7 +82,14 @@ class ParameterServer:
         self._book = RoundBook(
             plan.shares, plan.stages, plan.samples, settings.server.commits_per_epoch
         )
-        self._model = GlobalModel(link, model, MERGES[settings.server.merge])
+        self._evaluator = evaluator
+        self._model = GlobalModel(
+            link,
+            model,
+            MERGES[settings.server.merge],
+            ServerOptimizer.of(settings.server),
+            self._pace,
+        )
         self._present = set(range(1, link.workers + 1))
         self._active = set(self._present)
         self._waiting: set[int] = set()
@@ -113,7 +121,7 @@ class ParameterServer:
         evaluated : int
             Commit count of the last model evaluated before it; 0 if there was none.
         """
-        self._model.initial.copy_(checkpoint.model)
+        self._model.restore(checkpoint.model, checkpoint.server)
         self._book.restore(checkpoint.rounds)
         self._worker_commits.update(checkpoint.worker_commits)
         self._snapshots.resume(checkpoint, evaluated)
@@ -124,7 +132,7 @@ class ParameterServer:
         Returns
         -------
         Tensor, shape (size,), float32
-            The final model.
+            The final model, or the weight average.
 
         Raises
         ------
@@ -151,7 +159,7 @@ class ParameterServer:
             self._model.end()
             raise
         await self._snapshots.finish()
-        final = await self._model.hold()
+        final = await self._model.hold_result()
         self._model.end()
         return final
 
@@ -219,6 +227,7 @@ class ParameterServer:
             self._stage = number
             self._emit("stage", {"commit": self._book.commits, "stage": number} | vars(stage))
         samples = work.end - work.begin
+        rate, change = self._rate(batch)
         order = Order(
             OrderKind.TRAIN,
             small=work.group is Group.SMALL,
@@ -235,7 +244,8 @@ class ParameterServer:
             next_batch=self._plan.batch(following, work.group),
             commits=self._book.commits,
             worker_commits=self._worker_commits[worker],
-            learning_rate=stage.learning_rate,
+            learning_rate=rate,
+            rate_change=change,
             dropout=stage.dropout,
             predicted_seconds=self._plan.timing[stage.resolution].of_steps(
                 samples, len(split_evenly(samples, batch))
@@ -243,6 +253,25 @@ class ParameterServer:
         )
         self._orders[worker] = order
         return order
+
+    def _rate(self, batch: int) -> tuple[float, float]:
+        """The learning rate of a round that begins now, and its change until the round's end."""
+        schedule, epoch = self._settings.schedule, self._book.epoch
+        round_epochs = 1 / self._settings.server.commits_per_epoch
+        scale = schedule.rate_scale(self._plan.shares.workers, batch)
+        start, end = schedule.rates().of_round(epoch, epoch + round_epochs)
+        return scale * start, scale * (end - start)
+
+    def _pace(self) -> Pace:
+        """What the servers must know of the version that the commits counted so far make."""
+        parts = self._settings.server.commits_per_epoch
+        return pace_of(
+            self._evaluator.parameters.trained,
+            self._book.epoch,
+            parts if self._settings.server.synchronous else self._book.commits_per_epoch,
+            self._settings.server,
+            self._settings.schedule,
+        )
 
     def _count_commit(self, worker: int, report: Report) -> None:
         order = self._orders[worker]

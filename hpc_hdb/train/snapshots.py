@@ -123,7 +123,7 @@ class Snapshots:
         return (int(epoch) // every + 1) * every
 
     async def _evaluate(self) -> None:
-        model = await self._model.hold()
+        model = await self._model.hold_result()
         commits, epoch = self._book.commits, self._book.epoch
         self._next_evaluation = self._evaluation_after(epoch)
         self._evaluated = commits
@@ -147,10 +147,12 @@ class Snapshots:
             self._book.state(),
             dict(self._worker_commits),
             self._seconds_before + self._link.now(),
+            await self._model.hold_state(),
         )
 
         def done(path: Path) -> None:
-            self._model.release(checkpoint.model)
+            for held in (checkpoint.model, *checkpoint.server.values()):
+                self._model.release(held)
             self._saved = checkpoint.worker_commits
             self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
 
