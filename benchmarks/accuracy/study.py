@@ -57,6 +57,8 @@ def filled_in(setting: Any, values: Table) -> Any:
 def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
     """Link the images of a split into `folder`, `most` of each class where it is not 0.
 
+    Of those held out a quarter as many.
+
     Parameters
     ----------
     split : {"test", "validation"}
@@ -74,7 +76,7 @@ def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
             test = train[::HELD_OUT]
             del train[::HELD_OUT]
         if most:
-            train, test = train[:most], test[: max(1, most // 2)]
+            train, test = train[:most], test[: max(1, most // 4)]
         for part, images in (("train", train), ("test", test)):
             (unfinished / part / name).mkdir(parents=True)
             for image in images:
