@@ -11,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help install horovod demo test lint bench docs module clean
+.PHONY: help install horovod demo test lint bench study docs module clean
 
 help:
 	@echo "make install   set up .venv with hdb, torch and an MPI (5 GB the first time)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, each beside a peer"
+	@echo "make study     the accuracy of every scheme on CIFAR-10 (hours; goes on where it was)"
 	@echo "make docs      the documentation as a site, in site/"
 	@echo "make module PREFIX=/sw   install into /sw/hpc-hdb/VERSION, with modulefiles for it"
 
@@ -82,6 +83,9 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/shard_formats.py
 	$(BIN)/python benchmarks/resolution_switch.py
 	$(BIN)/python benchmarks/conventional.py
+
+study: .venv/installed-test
+	$(BIN)/python benchmarks/accuracy/study.py --save
 
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict --quiet

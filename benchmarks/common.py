@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,13 @@ class Sheet:
     ----------
     name : str
         Of the benchmark; names the file.
+    command : str, optional
+        The script's name, where it is not the benchmark's.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, command: str | None = None) -> None:
         self._name = name
+        self._command = command or name
         self._lines: list[str] = []
         self.line(f"{name}, {time.strftime('%Y-%m-%d %H:%M')}, {machine()}")
 
@@ -79,15 +83,15 @@ class Sheet:
             self.line("  ".join(cells).rstrip())
         self.line()
 
-    def save(self) -> None:
-        """Write everything printed to ``results/<name>-<date>.txt``, with the command."""
-        path = HERE / "results" / f"{self._name}-{time.strftime('%Y%m%d')}.txt"
-        path.parent.mkdir(exist_ok=True)
+    def save(self, folder: Path = RESULTS) -> None:
+        """Write everything printed to ``<name>-<date>.txt`` in `folder`, with the command."""
+        path = folder / f"{self._name}-{time.strftime('%Y%m%d')}.txt"
+        folder.mkdir(exist_ok=True)
         command = " ".join(
-            map(shlex.quote, ["python", f"benchmarks/{self._name}.py", *sys.argv[1:]])
+            map(shlex.quote, ["python", f"benchmarks/{self._command}.py", *sys.argv[1:]])
         )
         path.write_text("\n".join([f"$ {command}", *self._lines]) + "\n", encoding="utf-8")
-        print(f"saved {path.relative_to(HERE.parent)}")
+        print(f"saved {path}")
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -145,7 +145,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Solve the dual-batch plan: of a configuration, or of figures on the command line."""
-    from hpc_hdb.report.plan_tables import dual_batch_table
+    from hpc_hdb.report.plan_tables import dual_batch_table, rate_note
     from hpc_hdb.report.tables import plan_table
 
     figures = {
@@ -174,6 +174,8 @@ def plan(
             print(json.dumps(solved.to_dict() | {"topology": advice.values}, indent=2))
         else:
             console.print(plan_table(solved))
+            if note := rate_note(settings.schedule, solved.shares.workers):
+                console.print(note, highlight=False, soft_wrap=True)
             console.print(advice.line, highlight=False, soft_wrap=True)
         return
     missing = [name for name, value in figures.items() if value is None]
@@ -218,7 +220,7 @@ def schedule(
     as_json: AsJson = False,
 ) -> None:
     """Show the stages: epochs, learning rate, resolution, dropout, batches."""
-    from hpc_hdb.report.plan_tables import schedule_table
+    from hpc_hdb.report.plan_tables import rate_note, schedule_table
 
     settings = load_settings(config, overrides or ())
     if settings.plan.timing == "profile":
@@ -229,7 +231,11 @@ def schedule(
         known = [{k: v for k, v in asdict(stage).items() if v is not None} for stage in stages]
         print(json.dumps(known, indent=2))
     else:
-        find_console().print(schedule_table(stages))
+        console = find_console()
+        console.print(schedule_table(stages))
+        workers = 1 if settings.server.sync == "allreduce" else settings.plan.workers
+        if note := rate_note(settings.schedule, workers):
+            console.print(note, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, Stage, cut_stages
+from hpc_hdb.plan import BatchTime, RateSchedule, Stage, cut_stages, scale_rate
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,7 +82,18 @@ class Schedule(Section):
     epochs: Positive = 10
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     milestones: list[Positive] = []
+    """Epochs at which a cycle of resolutions begins, and at which step decay lowers the rate."""
     factor: Annotated[float, Field(gt=0)] = 0.1
+    decay: Literal["step", "cosine", "linear"] = "step"
+    """Times `factor` at each milestone, or to zero at the end of training."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs in which the rate rises from zero."""
+    scale_with_workers: Literal["none", "linear", "sqrt"] = "none"
+    """How the rate grows with the number of workers."""
+    scale_with_batch: Literal["none", "linear", "sqrt"] = "none"
+    """How the rate grows with a worker's batch, from `reference_batch` on."""
+    reference_batch: Positive | None = None
+    """The batch for which `learning_rate` is meant, in images."""
     resolutions: list[Annotated[int, Field(ge=4)]] = [32]
     dropout: list[Probability] = [0.0]
     large_batch: list[Positive] = []
@@ -101,7 +112,27 @@ class Schedule(Section):
             self.dropout,
             self.large_batch,
             self.cyclic,
+            self.decay,
+            self.warmup,
         )
+
+    def rates(self) -> RateSchedule:
+        """The learning rate over the epochs, before it is scaled."""
+        return RateSchedule(
+            self.learning_rate,
+            self.epochs,
+            self.decay,
+            tuple(self.milestones),
+            self.factor,
+            self.warmup,
+        )
+
+    def rate_scale(self, workers: int, batch: int) -> float:
+        """What the rate is multiplied by for one of `workers` workers with that batch."""
+        scale = scale_rate(self.scale_with_workers, workers)
+        if self.reference_batch is not None:
+            scale *= scale_rate(self.scale_with_batch, batch / self.reference_batch)
+        return scale
 
 
 class Server(Section):
@@ -115,6 +146,19 @@ class Server(Section):
     """SSP: commits that a worker may be ahead of the slowest."""
     commits_per_epoch: Positive = 1
     """Commits of each worker in an epoch."""
+    optimizer: Literal["average", "nesterov", "slowmo"] = "average"
+    """The server's own step after a merge: none, or with momentum (DiLoCo, SlowMo)."""
+    outer_rate: Annotated[float, Field(gt=0)] = 1.0
+    """The server optimizer's learning rate: DiLoCo's, or SlowMo's alpha."""
+    outer_momentum: Probability = 0.5
+    average: Literal["none", "ema", "swa"] = "none"
+    """The weight average that is evaluated and saved as the result; workers never see it."""
+    average_half_life: Annotated[float, Field(gt=0)] = 1.0
+    """"ema": epochs after which the weight of a version has halved."""
+    average_from: Annotated[float, Field(ge=0)] = 0.0
+    """"swa": the epoch after which versions count."""
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """Training images that give the evaluated model its batch-norm statistics; 0 merges them."""
     servers: Positive = 1
     """Ranks over which the global model is spread; the first ones."""
     ranks_per_worker: Positive = 1
@@ -150,6 +194,8 @@ class Train(Section):
     nesterov: bool = False
     keep_momentum: bool = True
     """Whether the optimizer's state outlives a round."""
+    label_smoothing: Probability = 0.0
+    """Share of each training label that is spread over all classes."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """"auto" is bf16 on a GPU that has it and fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -199,8 +245,19 @@ class Settings(Section):
     run: Run = Run()
 
     @model_validator(mode="after")
-    def _stages_can_be_cut(self) -> Settings:
+    def _settings_go_together(self) -> Settings:
         self.schedule.stages()
+        if self.schedule.scale_with_batch != "none" and self.schedule.reference_batch is None:
+            raise UserError(
+                f'schedule.scale_with_batch = "{self.schedule.scale_with_batch}" needs '
+                "schedule.reference_batch: set it to the batch that schedule.learning_rate is for"
+            )
+        server, epochs = self.server, self.schedule.epochs
+        if server.average == "swa" and server.average_from >= epochs:
+            raise UserError(
+                f"server.average_from = {server.average_from:g} leaves nothing to average in "
+                f"{epochs} epochs: make it smaller"
+            )
         return self
 
     def inline_timing(self) -> dict[int, BatchTime] | None:
@@ -224,10 +281,15 @@ class Settings(Section):
         return "\n".join(lines)
 
 
+_SAME = {"cifar100": "paper-cifar100"}
+"""Further names of presets: there are only the paper's settings for CIFAR-100."""
+
+
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
     folder = resources.files("hpc_hdb") / "presets"
-    return sorted(path.name[:-5] for path in folder.iterdir() if path.name.endswith(".toml"))
+    files = [path.name for path in folder.iterdir()]
+    return sorted([*_SAME, *(name[:-5] for name in files if name.endswith(".toml"))])
 
 
 def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
@@ -290,7 +352,8 @@ def _config_text(config: str) -> str:
         raise UserError(
             f"'{config}' is neither a TOML file nor a preset{_nearest(config, presets)}"
         )
-    return (resources.files("hpc_hdb") / "presets" / f"{config}.toml").read_text(encoding="utf-8")
+    file = f"{_SAME.get(config, config)}.toml"
+    return (resources.files("hpc_hdb") / "presets" / file).read_text(encoding="utf-8")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

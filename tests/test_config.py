@@ -45,6 +45,8 @@ def written(folder: Path, text: str | bytes) -> str:
         ("cifar10", "cifar10", "resnet18", [24, 32], (4, 3)),
         ("cifar100", "cifar100", "resnet18", [24, 32], (4, 3)),
         ("imagenet", "folder", "resnet18", [160, 224, 288], (4, 4)),
+        ("paper-cifar100", "cifar100", "resnet18", [24, 32], (4, 3)),
+        ("paper-imagenet", "folder", "resnet18", [160, 224, 288], (4, 4)),
     ],
 )
 def test_presets(
@@ -58,14 +60,42 @@ def test_presets(
 
 
 def test_these_are_all_presets() -> None:
-    assert preset_names() == ["cifar10", "cifar100", "digits", "imagenet"]
+    ours, papers = (
+        ["cifar10", "cifar100", "digits", "imagenet"],
+        ["paper-cifar100", "paper-imagenet"],
+    )
+    assert preset_names() == ours + papers
 
 
 def test_the_papers_presets_have_its_optimizer_and_augmentation() -> None:
-    for preset in ("cifar100", "imagenet"):
+    for preset in ("paper-cifar100", "paper-imagenet"):
         train = load_settings(preset).train
         assert (train.momentum, train.weight_decay) == (0.9, 1e-4)
         assert (train.flip, train.rotation, train.zoom) == (True, 18, 0.25)
+
+
+@pytest.mark.parametrize("preset", ["paper-cifar100", "paper-imagenet"])
+def test_the_papers_presets_have_nothing_that_the_paper_has_not(preset: str) -> None:
+    settings, plain = load_settings(preset), Settings()
+    assert settings.server == plain.server
+    for section, keys in {
+        "schedule": ("decay", "warmup", "scale_with_workers", "scale_with_batch"),
+        "train": ("label_smoothing", "keep_momentum"),
+    }.items():
+        for key in keys:
+            assert getattr(getattr(settings, section), key) == getattr(getattr(plain, section), key)
+
+
+def test_cifar100_is_the_papers() -> None:
+    assert load_settings("cifar100") == load_settings("paper-cifar100")
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet"])
+def test_our_presets_keep_the_papers_plan_and_stages(preset: str) -> None:
+    own, papers = load_settings(preset), load_settings(f"paper-{preset}".replace("10", "100"))
+    assert own.plan == papers.plan
+    for key in ("epochs", "milestones", "resolutions", "dropout", "large_batch"):
+        assert getattr(own.schedule, key) == getattr(papers.schedule, key)
 
 
 def test_a_file_says_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
@@ -226,8 +256,8 @@ def test_a_misspelt_name_is_told_the_nearest_right_one(override: str, told: str)
         ("digts", "; did you mean 'digits'?"),
         ("cifar1000", "; did you mean 'cifar100'?"),
         ("ImageNet", "; did you mean 'imagenet'?"),
-        ("mnist", "; choose from cifar10, cifar100, digits, imagenet"),
-        ("", "; choose from cifar10, cifar100, digits, imagenet"),
+        ("mnist", f"; choose from {', '.join(preset_names())}"),
+        ("", f"; choose from {', '.join(preset_names())}"),
     ],
 )
 def test_a_misspelt_preset_is_told_the_nearest_right_one(preset: str, told: str) -> None:
@@ -271,6 +301,10 @@ def test_a_wrong_value_names_its_setting(override: str, told: str) -> None:
         (["schedule.resolutions=[16]"], "schedule.dropout has 2 values for 1 resolutions"),
         (["schedule.large_batch=[64]"], "schedule.large_batch has 1 values for 2 resolutions"),
         (["schedule.milestones=[24]"], "schedule.milestones must rise and lie between 1 and 23"),
+        (
+            ["server.average=swa", "server.average_from=24"],
+            "server.average_from = 24 leaves nothing",
+        ),
         (["schedule.epochs=21"], "from epoch 20 to 21 is too short to cycle through 2 resolutions"),
     ],
 )

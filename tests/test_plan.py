@@ -378,8 +378,9 @@ def test_the_time_ratios_that_a_refusal_names_work(
 )
 def test_presets_have_the_schedule_of_the_paper(preset: str, stages: list[tuple]) -> None:
     keys = ("start_epoch", "end_epoch", "learning_rate", "resolution", "dropout", "large_batch")
-    shown = json.loads(hdb("schedule", preset, "--json"))
-    assert shown == [dict(zip(keys, stage, strict=True)) for stage in stages]
+    expected = [dict(zip(keys, stage, strict=True)) for stage in stages]
+    assert json.loads(hdb("schedule", preset, "--json")) == expected
+    assert json.loads(hdb("schedule", f"paper-{preset}", "--json")) == expected
 
 
 def test_a_schedule_shows_the_small_batches_once_the_timing_is_known(digits: Path) -> None:

@@ -80,6 +80,11 @@ class SliceLink(Protocol):
     parts: Sequence[slice]
     """The parts of this server's slice, as positions in the slice."""
 
+    @property
+    def begin(self) -> int:
+        """Position of this server's slice in the model."""
+        ...
+
     def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
         """Receive this slice of `worker`'s commit into `out`; yields each part once it is there.
 

@@ -90,6 +90,7 @@ class Order(_Record):
     count of the model that comes with the order, `worker_commits` the worker's own.
     `weight` is the factor by which the worker scales its model in a reduction (BSP); with
     `regroup` those that take part form their group anew, without ranks that were lost.
+    `learning_rate` holds at the start of the round and has grown by `rate_change` at its end.
     `next_resolution` and `next_batch` are what the round after this one will probably want.
     """
 
@@ -110,6 +111,7 @@ class Order(_Record):
     worker_commits: int = 0
     regroup: int = 0
     learning_rate: float = 0.0
+    rate_change: float = 0.0
     dropout: float = 0.0
     predicted_seconds: float = 0.0
     weight: float = 0.0
@@ -127,7 +129,7 @@ class InstructionKind(enum.IntEnum):
     REDUCE = 4
     """Reduce all workers' commits to a new version, and send it to all of them."""
     COLLECT = 5
-    """Hand the current version in to the root server."""
+    """Hand the current version in to the root server: of its buffers the one in `kept`."""
     END = 6
 
 
@@ -136,10 +138,15 @@ class Instruction(_Record):
     """From the root server to the others, which carry out all instructions in their order.
 
     The root does the same with its own slice, so that the n-th version of every slice belongs
-    to the n-th version of the model.
+    to the n-th version of the model. `kept`, `trained`, `learning_rate` and `weight` are of
+    `hpc_hdb.train.server_optimizer`.
     """
 
     kind: int
     worker: int = 0
     reply: int = 0
     factor: float = 0.0
+    kept: int = 0
+    trained: int = 0
+    learning_rate: float = 0.0
+    weight: float = 0.0

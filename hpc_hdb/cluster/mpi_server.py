@@ -68,6 +68,10 @@ class _MpiSliceLink:
         self._sending: list[_Sending] = []
         self._size = self._begin = 0
 
+    @property
+    def begin(self) -> int:
+        return self._begin
+
     async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
         rank = self._rank(worker)
         requests: deque[MPI.Request] = deque()

@@ -186,6 +186,10 @@ class _VirtualSliceLink:
         self._rank = rank
         self._begin = 0
 
+    @property
+    def begin(self) -> int:
+        return self._begin
+
     async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
         for part in self.parts:
             out[part] = self._cluster.workers[worker - 1].push(self._in_model(part))

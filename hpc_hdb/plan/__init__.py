@@ -2,6 +2,7 @@
 
 from hpc_hdb.plan.batch_time import BatchTime, BatchTimeFit, fit_batch_time
 from hpc_hdb.plan.dual_batch import DualBatchPlan, Group, plan_dual_batch
+from hpc_hdb.plan.learning_rate import RateSchedule, scale_rate
 from hpc_hdb.plan.progressive import Stage, cut_stages, stage_index
 from hpc_hdb.plan.rounds import Round, RoundBook
 from hpc_hdb.plan.training import TrainingPlan, plan_training
@@ -11,6 +12,7 @@ __all__ = [
     "BatchTimeFit",
     "DualBatchPlan",
     "Group",
+    "RateSchedule",
     "Round",
     "RoundBook",
     "Stage",
@@ -19,5 +21,6 @@ __all__ = [
     "fit_batch_time",
     "plan_dual_batch",
     "plan_training",
+    "scale_rate",
     "stage_index",
 ]

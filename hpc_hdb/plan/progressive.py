@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hpc_hdb.errors import UserError
+from hpc_hdb.plan.learning_rate import Decay, RateSchedule
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Stage:
     start_epoch, end_epoch : int
         Half-open range of epochs, counted from 0.
     learning_rate : float
+        At its start: before warm-up, and before scaling with batch and workers.
     resolution : int
         Side of the square training images, in pixels.
     dropout : float
@@ -51,6 +53,8 @@ def cut_stages(
     dropout: Sequence[float],
     large_batch: Sequence[int] = (),
     cyclic: bool = True,
+    decay: Decay = "step",
+    warmup: float = 0.0,
 ) -> tuple[Stage, ...]:
     """Cut training into stages.
 
@@ -58,10 +62,10 @@ def cut_stages(
     ----------
     epochs : int
         Length of training.
-    learning_rate, factor : float
-        The rate starts at `learning_rate` and is multiplied by `factor` at each milestone.
+    learning_rate, factor, decay, warmup
+        Of the `RateSchedule`; its step decay multiplies the rate by `factor` at each milestone.
     milestones : sequence of int
-        Epochs at which the rate falls, rising, within ``1..epochs-1``.
+        Epochs at which a new cycle of resolutions begins, rising, within ``1..epochs-1``.
     resolutions : sequence of int, length r
         Image sides in pixels, rising.
     dropout : sequence of float, length r
@@ -79,8 +83,8 @@ def cut_stages(
     Raises
     ------
     UserError
-        If the lengths differ, the milestones are out of order, or a learning-rate stage has
-        fewer epochs than there are resolutions.
+        If the lengths differ, the milestones are out of order, a learning-rate stage has fewer
+        epochs than there are resolutions, or the warm-up does not end before training.
     """
     if not resolutions:
         raise UserError("schedule.resolutions is empty: give at least one image size")
@@ -102,24 +106,30 @@ def cut_stages(
             f"schedule.milestones must rise and lie between 1 and {epochs - 1} "
             f"for {epochs} epochs, not {list(milestones)}"
         )
+    if warmup >= epochs:
+        raise UserError(
+            f"schedule.warmup = {warmup:g} does not end before training, which has {epochs} "
+            "epochs: make it shorter"
+        )
+    rates = RateSchedule(learning_rate, epochs, decay, tuple(milestones), factor, warmup)
     batches: list[int | None] = list(large_batch) or [None] * len(resolutions)
     chosen = list(zip(resolutions, dropout, batches, strict=True))
     if not cyclic:
         chosen = chosen[-1:]
     stages = []
-    for number, (start, end) in enumerate(pairwise(bounds)):
+    for start, end in pairwise(bounds):
         if end - start < len(chosen):
             raise UserError(
                 f"the learning-rate stage from epoch {start} to {end} is too short to cycle "
                 f"through {len(chosen)} resolutions: move the milestones or use fewer resolutions"
             )
-        rate = learning_rate * factor**number
         for position, (resolution, probability, batch) in enumerate(chosen):
+            begin = start + (end - start) * position // len(chosen)
             stages.append(
                 Stage(
-                    start + (end - start) * position // len(chosen),
+                    begin,
                     start + (end - start) * (position + 1) // len(chosen),
-                    float(f"{rate:.12g}"),
+                    float(f"{rates.decayed(begin):.12g}"),
                     resolution,
                     probability,
                     batch,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from hpc_hdb.plan import DualBatchPlan, Stage
+from hpc_hdb.config import Schedule
+from hpc_hdb.plan import DualBatchPlan, Stage, scale_rate
 
 if TYPE_CHECKING:
     from hpc_hdb.train.profile import Timing
@@ -26,6 +27,28 @@ def schedule_table(stages: Sequence[Stage]) -> Table:
             str(stage.small_batch or "-"),
         )
     return table
+
+
+def rate_note(schedule: Schedule, workers: int) -> str:
+    """What becomes of the learning rates in a table of stages; empty where they stay constant.
+
+    Parameters
+    ----------
+    workers : int
+        Those whose models are merged; all ranks of all-reduce are one.
+    """
+    parts = []
+    scale = scale_rate(schedule.scale_with_workers, workers)
+    if scale != 1:
+        parts.append(f"times {scale:g} with {workers} workers")
+    if schedule.scale_with_batch != "none":
+        rule = {"linear": "in proportion to", "sqrt": "with the root of"}[schedule.scale_with_batch]
+        parts.append(f"{rule} the batch, from {schedule.reference_batch} images on")
+    if schedule.warmup:
+        parts.append(f"warmed up over {schedule.warmup:g} epochs")
+    if schedule.decay != "step":
+        parts.append(f"{schedule.decay} decay to zero")
+    return f"learning rate: as a stage begins; {', '.join(parts)}" if parts else ""
 
 
 def timing_table(timings: Mapping[int, Timing]) -> Table:

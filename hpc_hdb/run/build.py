@@ -20,6 +20,7 @@ from hpc_hdb.train.data import EncodedImages, ImageSet, check_classes, open_data
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import make_loader, misses_dali
 from hpc_hdb.train.model import build_model
+from hpc_hdb.train.recalibrate import Recalibration
 from hpc_hdb.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def make_evaluator(
     device: torch.device,
     classes: Sequence[str] | None = None,
     group: RankGroup | None = None,
+    recalibrates: bool = True,
 ) -> Evaluator:
     """The evaluator at the highest resolution, its model initialised from the run's seed.
 
@@ -135,6 +137,8 @@ def make_evaluator(
         Of the training images; those held out must be of the same.
     group : RankGroup, optional
         Ranks that evaluate together.
+    recalibrates : bool
+        Whether models get batch-norm statistics anew, where the settings ask for it.
 
     Raises
     ------
@@ -154,6 +158,20 @@ def make_evaluator(
         settings.run.evaluation_batch,
         image_name(data, settings),
         group,
+        _recalibration(settings, device) if recalibrates and settings.server.recalibrate else None,
+    )
+
+
+def _recalibration(settings: Settings, device: torch.device) -> Recalibration:
+    data = open_data(settings.data, "train")
+    return Recalibration(
+        make_loader(data, settings.data, PLAIN, device),
+        len(data.labels),
+        settings.server.recalibrate,
+        settings.schedule.resolutions[-1],
+        settings.run.evaluation_batch,
+        settings.run.seed,
+        image_name(data, settings),
     )
 
 

@@ -42,16 +42,18 @@ def evaluate_run(run: Path, best: bool, note: Callable[[str], None]) -> tuple[Pa
     place = choose_place(settings)
     place.settle()
     prepare_data(settings.data)
-    evaluator = make_evaluator(settings, place.device)
+    source = run / "model.pt"
+    finished = source.exists() and not best
+    # A final model has its statistics already.
+    evaluator = make_evaluator(settings, place.device, recalibrates=not finished)
     folder, signature = run / "checkpoint", evaluator.parameters.signature
     if best:
-        return folder / BEST, evaluator.evaluate(load_best(folder, signature).model)
-    source = run / "model.pt"
-    if not source.exists():
+        return folder / BEST, evaluator.evaluate(load_best(folder, signature).result)
+    if not finished:
         checkpoint = load_checkpoint(
             folder, signature, lambda *damage: note(damage_line(*map(str, damage)))
         )
-        return folder / checkpoint.file, evaluator.evaluate(checkpoint.model)
+        return folder / checkpoint.file, evaluator.evaluate(checkpoint.result)
     try:
         evaluator.parameters.model.load_state_dict(read_sealed(source))
     except (DamagedFile, RuntimeError, TypeError, AttributeError) as error:

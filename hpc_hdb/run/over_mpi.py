@@ -51,6 +51,7 @@ from hpc_hdb.run.serve import STOP_SIGNALS, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
+from hpc_hdb.train.server_optimizer import ServerOptimizer
 from hpc_hdb.train.worker import run_worker
 
 _STATUS = 20
@@ -206,7 +207,8 @@ def _follower(
     if sizes:
         comm.Reduce(np.zeros(sum(map(len, sizes.values()))), None, MPI.SUM, SERVER)
     link = MpiFollowerLink(split.links, servers)
-    complete(follow_root(link, MERGES[settings.server.merge]))
+    optimizer = ServerOptimizer.of(settings.server)
+    complete(follow_root(link, MERGES[settings.server.merge], optimizer))
     link.close()
 
 

@@ -127,7 +127,7 @@ def serve(
         progress.close()
     log.emit("end", {"commit": server.commits})
     log.close()
-    evaluator.parameters.flat.copy_(model)
+    evaluator.load(model)
     write_sealed(folder.model, evaluator.parameters.model.state_dict())
     summary = summarise(read_events(folder.path))
     folder.write_json("summary.json", summary)

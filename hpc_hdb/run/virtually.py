@@ -32,6 +32,7 @@ from hpc_hdb.run.serve import has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
+from hpc_hdb.train.server_optimizer import ServerOptimizer
 from hpc_hdb.train.worker import run_worker
 
 
@@ -100,7 +101,8 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
             for link, trainer in zip(cluster.workers, trainers, strict=True)
         ]
         merge = MERGES[settings.server.merge]
-        followers = [follow_root(link, merge) for link in cluster.followers]
+        optimizer = ServerOptimizer.of(settings.server)
+        followers = [follow_root(link, merge, optimizer) for link in cluster.followers]
         return cluster.run(server, workers, followers)
 
     if not folder.resumed:

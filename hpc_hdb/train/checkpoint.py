@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Checkpoint:
         Seconds of training so far.
     accuracy : float or None
         On the held-out images, from 0 to 1; None where this version was not evaluated.
+    server : dict of str to Tensor, shape (size,), float32
+        What the server's optimizer keeps beside the model: "momentum", "average".
     """
 
     model: Tensor
@@ -56,11 +58,17 @@ class Checkpoint:
     worker_commits: dict[int, int]
     seconds: float
     accuracy: float | None = None
+    server: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
         """The name of its file among the newest."""
         return f"{self.rounds['commits']:08d}.pt"
+
+    @property
+    def result(self) -> Tensor:
+        """What is evaluated: the weight average where there is one."""
+        return self.server.get("average", self.model)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

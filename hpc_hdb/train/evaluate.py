@@ -17,6 +17,7 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.parameters import FlatModel
+from hpc_hdb.train.recalibrate import Recalibration
 
 if TYPE_CHECKING:
     from hpc_hdb.cluster.groups import RankGroup
@@ -60,6 +61,8 @@ class Evaluator:
         Where a sample's image is, to name bad ones.
     group : RankGroup, optional
         Ranks that evaluate together, each its part of the images.
+    recalibration : Recalibration, optional
+        What gives each model its batch-norm statistics first; by default it keeps its own.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Evaluator:
         batch: int,
         name: Callable[[int], str] = str,
         group: RankGroup | None = None,
+        recalibration: Recalibration | None = None,
     ) -> None:
+        self._recalibration = recalibration
         self._name = name
         self._group = group
         self.parameters = FlatModel(model)
@@ -84,11 +89,24 @@ class Evaluator:
     def left_out(self) -> list[str]:
         """Names of the bad images left out since this was last called."""
         samples, self._loader.left_out = self._loader.left_out, []
-        return [self._name(sample) for sample in samples]
+        names = [self._name(sample) for sample in samples]
+        return names + (self._recalibration.left_out() if self._recalibration else [])
 
     def cancel(self) -> None:
         """Give up the evaluation that another thread is in, and any later one."""
         self._cancelled = True
+
+    def load(self, flat: Tensor) -> None:
+        """Take over the model whose buffer is `flat`, shape (size,), float32, ready to use.
+
+        Raises
+        ------
+        CancelledError
+            Soon after `cancel`.
+        """
+        self.parameters.flat.copy_(flat)
+        if self._recalibration is not None:
+            self._recalibration.apply(self.parameters.model, self._check_cancelled)
 
     @torch.inference_mode()
     def evaluate(self, flat: Tensor) -> Evaluation:
@@ -102,7 +120,7 @@ class Evaluator:
         start = time.perf_counter()
         if self._group is not None:
             self._group.begin_evaluation(flat)
-        self.parameters.flat.copy_(flat)
+        self.load(flat)
         model = self.parameters.model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.parameters.flat.device)
         own = np.arange(self._samples)
@@ -111,8 +129,7 @@ class Evaluator:
         sizes = split_evenly(len(own), self._batch)
         batches = self._loader.batches(own, sizes, self._resolution, 0) if len(own) else iter(())
         for images, labels in batches:
-            if self._cancelled:
-                raise CancelledError
+            self._check_cancelled()
             scores = model(images)
             loss = functional.cross_entropy(scores, labels, reduction="sum")
             correct = (scores.argmax(1) == labels).sum().to(loss.dtype)
@@ -124,3 +141,7 @@ class Evaluator:
         if not samples:
             raise UserError("all held-out images are bad: bring good ones")
         return Evaluation(right / samples, total_loss / samples, time.perf_counter() - start)
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise CancelledError

@@ -8,12 +8,19 @@ version, or a checkpoint that collects one, gets slices of one and the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import torch
 from torch import Tensor
 
 from hpc_hdb.cluster.link import FollowerLink, ServerLink, SliceLink
 from hpc_hdb.cluster.messages import Instruction, InstructionKind
 from hpc_hdb.train.merge import Merge
+from hpc_hdb.train.server_optimizer import Kept, Pace, ServerOptimizer
 from hpc_hdb.train.versions import Versions
+
+AVERAGING = ServerOptimizer()
+"""The paper's: what merging gives is the model."""
 
 
 class Slice:
@@ -22,51 +29,106 @@ class Slice:
     Parameters
     ----------
     link : SliceLink
-    initial : Tensor, shape (slice size,), float32
+    initial : mapping of Kept to Tensor, shape (slice size,), float32
+        The first version: what `optimizer` keeps of it.
     merge : Merge
         How a worker's commit is merged (ASP, SSP).
+    optimizer : ServerOptimizer
+        What is done with that, or with a reduction's sum.
     """
 
-    def __init__(self, link: SliceLink, initial: Tensor, merge: Merge) -> None:
-        self.versions = Versions(initial, link)
+    def __init__(
+        self,
+        link: SliceLink,
+        initial: Mapping[Kept, Tensor],
+        merge: Merge,
+        optimizer: ServerOptimizer = AVERAGING,
+    ) -> None:
+        self.kept = {kept: Versions(tensor, link) for kept, tensor in initial.items()}
         self._link = link
         self._merge_part = merge
+        self._optimizer = optimizer
+
+    @property
+    def model(self) -> Tensor:
+        """The current version."""
+        return self.kept[Kept.MODEL].current
 
     async def carry_out(self, instruction: Instruction) -> None:
         """Do what changes this slice or sends it to workers."""
         if instruction.kind == InstructionKind.MERGE:
-            await self._merge(instruction.worker, instruction.factor, bool(instruction.reply))
+            await self._merge(instruction)
         elif instruction.kind == InstructionKind.SEND:
             for part in self._link.parts:
-                self._link.send(instruction.worker, self.versions.current, part)
+                self._link.send(instruction.worker, self.model, part)
         elif instruction.kind == InstructionKind.REDUCE:
-            await self._reduce()
+            await self._reduce(instruction)
         elif instruction.kind == InstructionKind.DROP:
-            async for _ in self._link.receive(instruction.worker, self.versions.spare()):
+            spare = self.kept[Kept.MODEL].spare()
+            async for _ in self._link.receive(instruction.worker, spare):
                 pass
 
-    async def _merge(self, worker: int, factor: float, reply: bool) -> None:
+    async def _merge(self, instruction: Instruction) -> None:
         """Merge each part of a commit as it arrives, and send it back before the next."""
-        model, commit = self.versions.current, self.versions.spare()
-        async for part in self._link.receive(worker, commit):
-            self._merge_part(model[part], commit[part], factor, commit[part])
-            if reply:
-                self._link.send(worker, commit, part)
-        self.versions.publish(commit)
+        new = self._spares()
+        model, commit = self.model, new[Kept.MODEL]
+        async for part in self._link.receive(instruction.worker, commit):
+            self._merge_part(model[part], commit[part], instruction.factor, commit[part])
+            self._step(part, new, instruction)
+            if instruction.reply:
+                self._link.send(instruction.worker, commit, part)
+            self._average(part, new, instruction)
+        self._publish(new)
 
-    async def _reduce(self) -> None:
-        total = self.versions.spare()
+    async def _reduce(self, instruction: Instruction) -> None:
+        new = self._spares()
+        total = new[Kept.MODEL]
         async for part in self._link.reduce(total):
+            self._step(part, new, instruction)
             self._link.broadcast(total, part)
-        self.versions.publish(total)
+            self._average(part, new, instruction)
+        self._publish(new)
+
+    def _step(self, part: slice, new: Mapping[Kept, Tensor], instruction: Instruction) -> None:
+        """Let the server's optimizer go on from what merging has made of a part."""
+        if Kept.MOMENTUM not in new:
+            return
+        # Only of parameters; momentum of statistics stays what it is at the start, zero.
+        end = max(part.start, min(part.stop, instruction.trained - self._link.begin))
+        trained = slice(part.start, end)
+        momentum = self.kept[Kept.MOMENTUM].current
+        new[Kept.MOMENTUM][end : part.stop] = 0
+        self._optimizer.step(
+            self.model[trained],
+            new[Kept.MODEL][trained],
+            momentum[trained],
+            new[Kept.MOMENTUM][trained],
+            instruction.learning_rate,
+        )
+
+    def _average(self, part: slice, new: Mapping[Kept, Tensor], instruction: Instruction) -> None:
+        if Kept.AVERAGE in new:
+            before = self.kept[Kept.AVERAGE].current[part]
+            out = new[Kept.AVERAGE][part]
+            torch.lerp(before, new[Kept.MODEL][part], instruction.weight, out=out)
+
+    def _spares(self) -> dict[Kept, Tensor]:
+        return {kept: versions.spare() for kept, versions in self.kept.items()}
+
+    def _publish(self, new: Mapping[Kept, Tensor]) -> None:
+        for kept, buffer in new.items():
+            self.kept[kept].publish(buffer)
 
 
-async def follow_root(link: FollowerLink, merge: Merge) -> None:
+async def follow_root(
+    link: FollowerLink, merge: Merge, optimizer: ServerOptimizer = AVERAGING
+) -> None:
     """The loop of every server but the root."""
-    own = Slice(link, await link.first_slice(), merge)
+    initial = {kept: await link.first_slice() for kept in optimizer.keeps}
+    own = Slice(link, initial, merge, optimizer)
     while (instruction := await link.next_instruction()).kind != InstructionKind.END:
         if instruction.kind == InstructionKind.COLLECT:
-            link.hand_in(own.versions.current)
+            link.hand_in(own.kept[Kept(instruction.kept)].current)
         else:
             await own.carry_out(instruction)
 
@@ -80,23 +142,50 @@ class GlobalModel:
     initial : Tensor, shape (size,), float32
         On the CPU; may be changed until `distribute`.
     merge : Merge
+    optimizer : ServerOptimizer
+    pace : callable
+        Asked, before a version is made, what `optimizer` must know of it.
     """
 
-    def __init__(self, link: ServerLink, initial: Tensor, merge: Merge) -> None:
+    def __init__(
+        self,
+        link: ServerLink,
+        initial: Tensor,
+        merge: Merge,
+        optimizer: ServerOptimizer = AVERAGING,
+        pace: Callable[[], Pace] = Pace,
+    ) -> None:
         self.initial = initial
         self._link = link
         self._merge = merge
-        self._collected = True
+        self._optimizer = optimizer
+        self._pace = pace
+        self._state: dict[str, Tensor] = {}
+        self._collected = set(optimizer.keeps)
         self._own: Slice
-        self._whole: Versions
+        self._whole: dict[Kept, Versions]
+
+    def restore(self, model: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Begin with a checkpoint's model, and the `state` that belongs to it."""
+        self.initial.copy_(model)
+        self._state = dict(state)
 
     def distribute(self) -> None:
-        """Give each server its slice of `initial`, before anything else."""
-        self._own = Slice(self._link, self._link.distribute(self.initial), self._merge)
-        if self._link.servers == 1:
-            self._whole = self._own.versions
-        else:  # what was last collected; in memory of its own
-            self._whole = Versions(self.initial.clone(), self._link)
+        """Give each server its slice of the first version, before anything else."""
+        first = {Kept.MODEL: self.initial}
+        if Kept.MOMENTUM in self._optimizer.keeps:
+            first[Kept.MOMENTUM] = torch.zeros_like(self.initial)
+        if Kept.AVERAGE in self._optimizer.keeps:
+            first[Kept.AVERAGE] = self.initial.clone()
+        for kept in first:
+            first[kept] = self._state.get(kept.name.lower(), first[kept])
+        slices = {kept: self._link.distribute(tensor) for kept, tensor in first.items()}
+        self._own = Slice(self._link, slices, self._merge, self._optimizer)
+        self._whole = self._own.kept
+        if self._link.servers > 1:  # what was last collected; in memory of its own
+            self._whole = {
+                kept: Versions(tensor.clone(), self._link) for kept, tensor in first.items()
+            }
 
     async def merge(self, worker: int, factor: float, reply: bool) -> None:
         """Merge the worker's commit with its update factor; with `reply`, send it the result."""
@@ -114,27 +203,45 @@ class GlobalModel:
         """Take a commit from the worker that is not to be merged."""
         await self._carry_out(Instruction(InstructionKind.DROP, worker))
 
-    async def hold(self) -> Tensor:
-        """The whole current version, shape (size,), kept unchanged until `release`."""
-        if not self._collected:
-            whole = self._whole.spare()
-            self._link.instruct(Instruction(InstructionKind.COLLECT))
-            await self._link.collect(self._own.versions.current, whole)
-            self._whole.publish(whole)
-            self._collected = True
-        return self._whole.hold()
+    async def hold(self, kept: Kept = Kept.MODEL) -> Tensor:
+        """A buffer of the whole current version, shape (size,), unchanged until `release`."""
+        if kept not in self._collected:
+            whole = self._whole[kept].spare()
+            self._link.instruct(Instruction(InstructionKind.COLLECT, kept=kept))
+            await self._link.collect(self._own.kept[kept].current, whole)
+            self._whole[kept].publish(whole)
+            self._collected.add(kept)
+        return self._whole[kept].hold()
 
-    def release(self, model: Tensor) -> None:
-        """Give back what `hold` returned."""
-        self._whole.release(model)
+    async def hold_result(self) -> Tensor:
+        """What is evaluated and saved as the result: the weight average where there is one."""
+        averages = self._optimizer.averages
+        return await self.hold(Kept.AVERAGE if averages else Kept.MODEL)
+
+    async def hold_state(self) -> dict[str, Tensor]:
+        """What of the current version a checkpoint holds beside the model, by name."""
+        others = self._optimizer.keeps[1:]
+        return {kept.name.lower(): await self.hold(kept) for kept in others}
+
+    def release(self, buffer: Tensor) -> None:
+        """Give back what `hold`, `hold_result` or, each on its own, `hold_state` returned."""
+        for versions in self._whole.values():
+            if versions.holds(buffer):
+                versions.release(buffer)
 
     def end(self) -> None:
         """Let the other servers go."""
         self._link.instruct(Instruction(InstructionKind.END))
 
     async def _change(self, instruction: Instruction) -> None:
+        if self._optimizer.keeps != (Kept.MODEL,):
+            pace = self._pace()
+            instruction.trained = pace.trained
+            instruction.learning_rate = pace.learning_rate
+            instruction.weight = pace.weight
         await self._carry_out(instruction)
-        self._collected = self._link.servers == 1
+        if self._link.servers > 1:
+            self._collected.clear()
 
     async def _carry_out(self, instruction: Instruction) -> None:
         self._link.instruct(instruction)

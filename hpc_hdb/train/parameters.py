@@ -27,6 +27,8 @@ class FlatModel:
         On the model's device.
     wire : Tensor, shape (size,), float32
         What MPI sends from and receives into: `flat` itself on the CPU, else pinned host memory.
+    trained : int
+        Floats of `flat` that are parameters; the buffers come behind them.
     signature : str
         Digest of names and shapes; equal for models that can take each other's buffer.
 
@@ -55,6 +57,7 @@ class FlatModel:
         self.signature = digest.hexdigest()[:16]
         device = next(iter(tensors.values())).device
         self.flat = torch.empty(sum(value.numel() for value in tensors.values()), device=device)
+        self.trained = sum(value.numel() for value in model.parameters())
         offset = 0
         for value in tensors.values():
             view = self.flat[offset : offset + value.numel()].view(value.shape)

@@ -27,6 +27,7 @@ from hpc_hdb.train.crew import Crew
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.merge import MERGES, reduction_weights
+from hpc_hdb.train.server_optimizer import Pace, ServerOptimizer, pace_of
 from hpc_hdb.train.snapshots import Emit, Snapshots
 
 _POLL_SECONDS = 0.2
@@ -91,7 +92,14 @@ class ParameterServer:
             plan.shares, plan.stages, plan.samples, settings.server.commits_per_epoch
         )
         self._plans = {0: plan}
-        self._model = GlobalModel(link, model, MERGES[settings.server.merge])
+        self._evaluator = evaluator
+        self._model = GlobalModel(
+            link,
+            model,
+            MERGES[settings.server.merge],
+            ServerOptimizer.of(settings.server),
+            self._pace,
+        )
         workers, small_workers = link.workers, min(plan.shares.small_workers, link.workers)
         self._crew = Crew([group_of(w, workers, small_workers) for w in range(1, workers + 1)])
         self._left_out: set[str] = set()
@@ -130,7 +138,7 @@ class ParameterServer:
         best_accuracy : float
             Of the best checkpoint so far.
         """
-        self._model.initial.copy_(checkpoint.model)
+        self._model.restore(checkpoint.model, checkpoint.server)
         self._book.restore(checkpoint.rounds)
         for cut in self._book.cuts[1:]:
             self._plans[cut.start_epoch] = self._plan.for_workers(
@@ -152,7 +160,7 @@ class ParameterServer:
         Returns
         -------
         Tensor, shape (size,), float32
-            The final model.
+            The final model, or the weight average.
 
         Raises
         ------
@@ -182,7 +190,7 @@ class ParameterServer:
             self._model.end()
             raise
         await self._snapshots.finish()
-        final = await self._model.hold()
+        final = await self._model.hold_result()
         self._model.end()
         return final
 
@@ -203,6 +211,7 @@ class ParameterServer:
             await self._model.merge(worker, self._factor(report), reply)
         except WorkerLost:
             self._uncount_commit(worker, report)
+            self._book.give_back(_trained_as(report), report.index)
         else:
             self._emit("commit", event)
             self._announce_stage()
@@ -225,6 +234,7 @@ class ParameterServer:
     async def _reduce(self, reports: dict[int, Report]) -> None:
         """Merge what all workers have committed; again without those that die meanwhile."""
         while commits := {w: r for w, r in sorted(reports.items()) if w in self._crew.waiting}:
+            events = [self._count_commit(worker, report) for worker, report in commits.items()]
             weights = reduction_weights([self._factor(report) for report in commits.values()])
             self._undone.clear()
             self._reductions += 1
@@ -237,9 +247,11 @@ class ParameterServer:
             if (not self._regroup or self._link.regroup()) and await self._reduced():
                 self._regroup = False
                 self._crew.lacking.clear()
-                for worker, report in commits.items():
-                    self._emit("commit", self._count_commit(worker, report))
+                for event in events:
+                    self._emit("commit", event)
                 return
+            for worker, report in commits.items():
+                self._uncount_commit(worker, report)
             self._regroup = True
             self._crew.owing = self._crew.waiting - self._undone
             while self._crew.waiting - self._undone:
@@ -299,6 +311,7 @@ class ParameterServer:
         stage, batch = plan.stages[number], plan.batch(number, work.group)
         following = self._book.next_stage
         samples = work.end - work.begin
+        rate, change = self._rate(batch, plan)
         return Order(
             OrderKind.TRAIN,
             small=work.group is Group.SMALL,
@@ -315,11 +328,31 @@ class ParameterServer:
             next_batch=plan.batch(following, work.group),
             commits=self._book.commits,
             worker_commits=self._crew.commits[worker],
-            learning_rate=stage.learning_rate,
+            learning_rate=rate,
+            rate_change=change,
             dropout=stage.dropout,
             predicted_seconds=plan.timing[stage.resolution].of_steps(
                 samples, len(split_evenly(samples, batch))
             ),
+        )
+
+    def _rate(self, batch: int, plan: TrainingPlan) -> tuple[float, float]:
+        """The learning rate of a round that begins now, and its change until the round's end."""
+        schedule, epoch = self._settings.schedule, self._book.epoch
+        round_epochs = 1 / self._settings.server.commits_per_epoch
+        scale = schedule.rate_scale(plan.shares.workers, batch)
+        start, end = schedule.rates().of_round(epoch, epoch + round_epochs)
+        return scale * start, scale * (end - start)
+
+    def _pace(self) -> Pace:
+        """What the servers must know of the version that the commits counted so far make."""
+        parts = self._settings.server.commits_per_epoch
+        return pace_of(
+            self._evaluator.parameters.trained,
+            self._book.epoch,
+            parts if self._settings.server.synchronous else self._book.commits_per_epoch,
+            self._settings.server,
+            self._settings.schedule,
         )
 
     def _announce_stage(self) -> None:
@@ -360,9 +393,8 @@ class ParameterServer:
         } | _seconds(report)
 
     def _uncount_commit(self, worker: int, report: Report) -> None:
-        """A commit was cut short by its worker's death: its round is to be done again."""
+        """A commit was cut short by its worker's death, or by another's in a reduction."""
         self._book.take_back(_trained_as(report), report.index)
-        self._book.give_back(_trained_as(report), report.index)
         self._crew.commits[worker] -= 1
 
     async def _after_commits(self) -> None:

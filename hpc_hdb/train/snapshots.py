@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hpc_hdb.cluster.link import ServerLink
 from hpc_hdb.config import Run
 from hpc_hdb.plan import RoundBook
@@ -145,21 +143,24 @@ class Snapshots:
         return (int(epoch) // every + 1) * every
 
     async def _evaluate(self) -> None:
-        model = await self._model.hold()
         commits, epoch = self._book.commits, self._book.epoch
         self._next_evaluation = self._evaluation_after(epoch)
         self._evaluated = commits
-        checkpoint = None if self._folder is None else self._checkpoint_of(model)
+        checkpoint = None if self._folder is None else await self._checkpoint()
+        model = await self._model.hold_result() if checkpoint is None else checkpoint.result
 
         def done(result: Evaluation) -> None:
             for file in self._evaluator.left_out():
                 self._note_left_out(file)
             self._emit("evaluation", {"commit": commits, "epoch": epoch} | vars(result))
-            if checkpoint is None or not result.accuracy > self._best_accuracy:
+            if checkpoint is None:
                 self._model.release(model)
                 return
+            if not result.accuracy > self._best_accuracy:
+                self._release(checkpoint)
+                return
             if self._best is not None:  # not written yet, and no longer the best
-                self._model.release(self._best.model)
+                self._release(self._best)
             self._best_accuracy = result.accuracy
             self._best = replace(checkpoint, accuracy=result.accuracy)
             if not self._writer.busy:
@@ -172,10 +173,10 @@ class Snapshots:
         if self._folder is None or self._writer.busy:
             return
         folder, keep = self._folder, self._settings.keep_checkpoints
-        checkpoint = self._checkpoint_of(await self._model.hold())
+        checkpoint = await self._checkpoint()
 
         def done(path: Path) -> None:
-            self._model.release(checkpoint.model)
+            self._release(checkpoint)
             self._saved.update(checkpoint.worker_commits)
             self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
 
@@ -186,11 +187,7 @@ class Snapshots:
         if self._best is None or self._folder is None:
             return
         folder, (best, self._best) = self._folder, (self._best, None)
-
-        def done(_: Path) -> None:
-            self._model.release(best.model)
-
-        self._write(BEST, lambda: save_best(folder, best), done)
+        self._write(BEST, lambda: save_best(folder, best), lambda _: self._release(best))
 
     def _write(self, name: str, work: Callable[[], Path], done: Callable[[Path], None]) -> None:
         self._written, self._write_started = name, time.monotonic()
@@ -208,12 +205,17 @@ class Snapshots:
             self._next_complaint *= 2
             self._emit("slow_write", {"file": self._written, "seconds": round(seconds, 1)})
 
-    def _checkpoint_of(self, model: Tensor) -> Checkpoint:
-        """The server's state with the current version of the model, which is held."""
+    async def _checkpoint(self) -> Checkpoint:
+        """The server's state; its tensors are held until `_release`."""
         return Checkpoint(
-            model,
+            await self._model.hold(),
             self._evaluator.parameters.signature,
             self._book.state(),
             dict(self._worker_commits),
             self._seconds_before + self._link.now(),
+            server=await self._model.hold_state(),
         )
+
+    def _release(self, checkpoint: Checkpoint) -> None:
+        for held in (checkpoint.model, *checkpoint.server.values()):
+            self._model.release(held)

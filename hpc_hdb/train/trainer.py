@@ -151,6 +151,8 @@ class Trainer:
         try:
             batches = _Timed(self._loader.batches(indices, sizes, order.resolution, seed))
             for (images, labels), size in zip(batches, sizes, strict=False):
+                done = (report.steps + 0.5) / len(sizes)
+                self._set_rate(order.learning_rate + order.rate_change * done)
                 step = self.step(images, labels, size, interrupted)
                 totals += step.totals
                 report.steps += 1
@@ -236,7 +238,8 @@ class Trainer:
             scores = self.model(images)
             if not isinstance(scores, Tensor):
                 scores = scores.logits  # Inception and GoogLeNet also return auxiliary scores
-            loss = functional.cross_entropy(scores, labels)
+            smoothing = self._settings.label_smoothing
+            loss = functional.cross_entropy(scores, labels, label_smoothing=smoothing)
         self._scaler.scale(loss * weight).backward()
         correct = (scores.argmax(1) == labels).sum()
         return torch.stack((loss.detach() * len(labels), correct.to(loss.dtype)))
@@ -283,14 +286,16 @@ class Trainer:
         """Apply the stage's settings; the seconds it took."""
         start = time.perf_counter()
         set_dropout(self.model, order.dropout)
-        for group in self._optimizer.param_groups:
-            group["lr"] = order.learning_rate
         if order.resolution != self._resolution:
             self._loader.prepare(order.resolution, order.batch)
             self._resolution = order.resolution
         if order.next_resolution != order.resolution:
             self._loader.expect(order.next_resolution, order.next_batch)
         return time.perf_counter() - start
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of the samples, the same on every worker."""

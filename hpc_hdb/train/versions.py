@@ -50,6 +50,10 @@ class Versions:
         self._holds[id(self.current)] = self._holds.get(id(self.current), 0) + 1
         return self.current
 
+    def holds(self, buffer: Tensor) -> bool:
+        """Whether `buffer` is what `hold` returned, and not yet given back."""
+        return self._holds.get(id(buffer), 0) > 0
+
     def release(self, buffer: Tensor) -> None:
         """Give back what `hold` returned."""
         self._holds[id(buffer)] -= 1

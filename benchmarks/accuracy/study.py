@@ -1,0 +1,204 @@
+"""The accuracy of one worker, of all-reduce, of the paper's schemes and of ours, side by side.
+
+Each row of rows.toml is trained by `hdb simulate` with several seeds, on the virtual cluster: the
+workers take turns in one process, and the virtual clock counts the time that they would take side
+by side. Runs are kept; started again, the study skips what is done and goes on with what was
+interrupted. Settings are to be chosen with --split validation, for which images are taken out of
+the training split; the test images are for the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import RESULTS, Sheet, hdb, image_folder, run
+
+from accuracy.results import Run, plot, table, verdicts
+from hpc_hdb.config import Settings, parse_settings, read_settings, tomllib
+
+ROWS = Path(__file__).with_name("rows.toml")
+HELD_OUT = 10
+"""One image in so many is taken out of the training split for the validation."""
+
+Table = dict[str, Any]
+
+
+def merged(first: Table, then: Table) -> Table:
+    """The settings of both, section by section; those of `then` count."""
+    return first | {section: first.get(section, {}) | values for section, values in then.items()}
+
+
+def settings_of(study: Table, scale: str, row: str) -> Table:
+    """The settings of a row at a scale, before data and seed."""
+    own, at_scale = study["rows"][row], study["scales"][scale]
+    first = settings_of(study, scale, own["like"]) if "like" in own else at_scale["set"]
+    return merged(first, filled_in(own["set"], at_scale["values"]))
+
+
+def filled_in(setting: Any, values: Table) -> Any:
+    """A setting, or a table of them, with the scale's value for each "$name"."""
+    if isinstance(setting, dict):
+        return {key: filled_in(value, values) for key, value in setting.items()}
+    if isinstance(setting, list):
+        return [filled_in(value, values) for value in setting]
+    named = isinstance(setting, str) and setting.startswith("$")
+    return values[setting[1:]] if named else setting
+
+
+def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
+    """Link the images of a split into `folder`, `most` of each class where it is not 0.
+
+    Of those held out a quarter as many.
+
+    Parameters
+    ----------
+    split : {"test", "validation"}
+        "validation" trains on nine of ten training images and is tested on the tenth.
+    """
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    classes = sorted(entry.name for entry in (data / "train").iterdir() if entry.is_dir())
+    for name in classes:
+        train = sorted((data / "train" / name).iterdir())
+        test = sorted((data / "test" / name).iterdir())
+        if split == "validation":
+            test = train[::HELD_OUT]
+            del train[::HELD_OUT]
+        if most:
+            train, test = train[:most], test[: max(1, most // 4)]
+        for part, images in (("train", train), ("test", test)):
+            (unfinished / part / name).mkdir(parents=True)
+            for image in images:
+                (unfinished / part / name / image.name).symlink_to(image.resolve())
+    unfinished.rename(folder)
+    return folder
+
+
+def time_model(rows: list[Table], folder: Path) -> Path:
+    """That of the device, measured once at all resolutions of the rows."""
+    path = folder / "timing.json"
+    if not path.exists():
+        schedules = [row["schedule"] for row in rows]
+        sides = sorted({side for schedule in schedules for side in schedule["resolutions"]})
+        every = {"resolutions": sides, "dropout": [0.0] * len(sides), "large_batch": []}
+        configuration = folder / "profile.toml"
+        settings = parse_settings(merged(rows[0], {"schedule": every}), "profile")
+        configuration.write_text(settings.to_toml(), encoding="utf-8")
+        largest = max(max(schedule["large_batch"]) for schedule in schedules)
+        run(
+            [hdb(), "profile", configuration, "--bound", str(largest), "--output", path],
+            show=True,
+        )
+    return path
+
+
+def train(settings: Settings, folder: Path) -> None:
+    """One run to its end, unless it is there already.
+
+    Its real seconds are added up in ``real_seconds``, those of interrupted lives included.
+    """
+    if (folder / "config.toml").exists():
+        if read_settings(folder / "config.toml") != settings:
+            sys.exit(f"{folder} was made with other settings: remove it, or choose another --work")
+        if (folder / "summary.json").exists():
+            return
+        words: list[str | Path] = ["--resume", folder]
+    else:
+        configuration = folder.with_suffix(".toml")
+        configuration.write_text(settings.to_toml(), encoding="utf-8")
+        words = [configuration]
+    start = time.perf_counter()
+    try:
+        run([hdb(), "simulate", *words])
+    finally:
+        if folder.is_dir():
+            with (folder / "real_seconds").open("a", encoding="utf-8") as file:
+                print(round(time.perf_counter() - start, 1), file=file)
+
+
+def runs_of(study: Table, options: argparse.Namespace, scale: str) -> Iterator[Run]:
+    """Train all runs that are asked for, seed by seed; each as it is done."""
+    work = options.work / f"{scale}-{options.split}"
+    work.mkdir(parents=True, exist_ok=True)
+    about = study["scales"][scale]
+    data = images_of(options.data, work / "images", options.split, about["images"])
+    source = {"data": {"source": "folder", "path": str(data)}}
+    rows = {row: merged(settings_of(study, scale, row), source) for row in study["rows"]}
+    if about["set"]["plan"]["timing"] == "profile" and not options.only_table:
+        timing = {"plan": {"timing": str(time_model(list(rows.values()), work))}}
+        rows = {row: merged(settings, timing) for row, settings in rows.items()}
+    for seed in range(options.seeds or about["seeds"]):
+        for row in options.rows or rows:
+            folder = work / f"{row}-{seed}"
+            own = merged(rows[row], {"run": {"seed": seed, "output": str(folder)}})
+            if not options.only_table:
+                print(f"{row}, seed {seed} ...", file=sys.stderr, flush=True)
+                train(parse_settings(own, row), folder)
+            if (folder / "summary.json").exists():
+                yield Run(row, seed, folder)
+
+
+def save_events(runs: list[Run], path: Path) -> None:
+    """The runs' event logs, from which all figures come, as one compressed archive."""
+    with tarfile.open(path, "w:xz") as archive:
+        for one in runs:
+            for name in ("config.toml", "events.jsonl", "summary.json"):
+                archive.add(one.folder / name, f"{one.row}-{one.seed}/{name}")
+    print(f"saved {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu", help="of rows.toml")
+    parser.add_argument("--small", action="store_true", help="a few minutes, to see that it works")
+    parser.add_argument("--data", type=image_folder, default="data/cifar10-jpeg", help="the JPEGs")
+    parser.add_argument(
+        "--split", choices=["test", "validation"], default="test", help="to test on"
+    )
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these")
+    parser.add_argument("--seeds", type=int, help="runs of each row, instead of the scale's number")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="keeps the runs")
+    parser.add_argument("--only-table", action="store_true", help="train nothing more")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FOLDER",
+        help="write table, figure and event logs, to benchmarks/results where no folder is named",
+    )
+    options = parser.parse_args()
+    study = tomllib.loads(ROWS.read_text(encoding="utf-8"))
+    if unknown := set(options.rows or ()) - set(study["rows"]):
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(study['rows'])}")
+    scale = "small" if options.small else options.scale
+    runs = list(runs_of(study, options, scale))
+    if not runs:
+        sys.exit(f"no run of these rows is done in {options.work}")
+    sheet = Sheet(f"accuracy-{scale}-{options.split}", command="accuracy/study")
+    sheet.table(*table(runs, study["rows"]))
+    sheet.line(f"{study['scales'][scale]['about']}. Held out: {options.split} images.")
+    for line in verdicts(runs):
+        sheet.line(line)
+    if options.save is not None:
+        sheet.save(options.save)
+        name = f"accuracy-{scale}-{options.split}"
+        plot(runs, study["rows"]).savefig(options.save / f"{name}.png")
+        save_events(runs, options.save / f"{name}-events.tar.xz")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The study of accuracy, as `make study` starts it, on a few images of digits."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from conftest import run
+
+from hpc_hdb.config import parse_settings, tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = ROOT / "benchmarks/accuracy/study.py"
+ROWS = tomllib.loads((STUDY.parent / "rows.toml").read_text())
+IMAGES = 20
+
+Study = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def study(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Runs two rows of the study; in `work` beside the images."""
+    here = tmp_path_factory.mktemp("study")
+    for split in ("train", "test"):
+        for folder in (digits / "digits" / split).iterdir():
+            own = here / "digits" / split / folder.name
+            own.mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:IMAGES]:
+                (own / image.name).symlink_to(image)
+
+    def start(*words: str) -> CompletedProcess[str]:
+        options = ["--small", "--data", here / "digits", "--work", here / "work"]
+        rows = ["--rows", "paper-conventional-asp", "ours"]
+        return run(sys.executable, STUDY, *options, *rows, *words, cwd=here)
+
+    start.work = here / "work"
+    return start
+
+
+def figures(output: str) -> dict[str, list[str]]:
+    """The cells of each row of the printed table, but the last one, which is real time."""
+    lines = [line for line in output.splitlines() if line.startswith(("paper-", "ours "))]
+    return {line.split()[0]: line.split("  ")[:-1] for line in lines}
+
+
+def test_rows_are_trained_once_and_shown_side_by_side(study: Study) -> None:
+    first = study()
+    assert first.returncode == 0, first.stderr
+    table = figures(first.stdout)
+    assert list(table) == ["paper-conventional-asp", "ours"]
+    work = study.work / "small-test"
+    events = {path: path.stat().st_mtime_ns for path in work.glob("*/events.jsonl")}
+    assert len(events) == 2
+    for row in table:
+        summary = json.loads((work / f"{row}-0" / "summary.json").read_text())
+        assert summary["mode"] == "virtual"
+        assert f"{summary['final_accuracy']:.2%}" in " ".join(table[row])
+        assert f"{summary['seconds']:.1f} s" in " ".join(table[row])
+    again = study()
+    assert figures(again.stdout) == table
+    assert {path: path.stat().st_mtime_ns for path in events} == events, "skipped"
+    assert "goal: 5 points above conventional" in again.stdout
+
+
+def test_an_interrupted_row_goes_on(study: Study) -> None:
+    table = figures(study().stdout)
+    folder = study.work / "small-test" / "ours-0"
+    (folder / "summary.json").unlink()
+    (folder / "model.pt").unlink()
+    assert figures(study().stdout) == table
+    assert "resume" in (folder / "events.jsonl").read_text()
+
+
+def test_a_row_whose_settings_have_changed_is_not_taken_for_done(study: Study) -> None:
+    study()
+    config = study.work / "small-test" / "ours-0" / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("label_smoothing = 0.1", "label_smoothing = 0.2"))
+    refused = study()
+    config.write_text(text)
+    assert refused.returncode == 1
+    assert "ours-0 was made with other settings: remove it" in refused.stderr
+
+
+def test_validation_images_are_taken_from_those_that_train(study: Study) -> None:
+    done = study("--split", "validation")
+    assert done.returncode == 0, done.stderr
+    images = study.work / "small-validation" / "images"
+    held_out, trained = (
+        {path.resolve() for path in (images / split).glob("*/*")} for split in ("test", "train")
+    )
+    assert not held_out & trained
+    assert {path.parent.parent.name for path in held_out | trained} == {"train"}
+    assert (len(held_out), len(trained)) == (10 * IMAGES // 10, 10 * IMAGES * 9 // 10)
+
+
+@pytest.mark.parametrize("scale", ROWS["scales"])
+def test_every_row_is_a_configuration(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDY.parent.parent)
+    from accuracy.study import settings_of
+
+    for row in ROWS["rows"]:
+        settings = parse_settings(settings_of(ROWS, scale, row), row)
+        assert settings.schedule.epochs == ROWS["scales"][scale]["set"]["schedule"]["epochs"]
+        assert settings.plan.workers == (1 if row.startswith("one-") else 4)
+
+
+def test_an_unknown_row_is_refused(study: Study) -> None:
+    refused = study("--rows", "our")
+    assert refused.returncode == 2
+    assert "no row our; there are one-large" in refused.stderr
+
+
+def test_table_figure_and_logs_are_saved(study: Study, tmp_path: Path) -> None:
+    study()
+    saved = study("--only-table", "--save", str(tmp_path))
+    assert saved.returncode == 0, saved.stderr
+    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert "ours, BSP" in files[".txt"].read_text()
+    assert files[".png"].read_bytes().startswith(b"\x89PNG")
+    with tarfile.open(files[".xz"]) as archive:
+        assert "ours-0/events.jsonl" in archive.getnames()
