@@ -20,15 +20,15 @@ from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import group_of
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import Group, Round, RoundBook, TrainingPlan
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.train.checkpoint import Checkpoint
 from hpc_hdb.train.crew import Crew
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.merge import MERGES, reduction_weights
-from hpc_hdb.train.server_optimizer import Pace, ServerOptimizer, pace_of
+from hpc_hdb.train.server_optimizer import ServerOptimizer
 from hpc_hdb.train.snapshots import Emit, Snapshots
+from hpc_hdb.train.work import Work
 
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
@@ -84,27 +84,22 @@ class ParameterServer:
         self._link = link
         if settings.server.silent_worker == "drop":
             link.patience = settings.server.silent_seconds
-        self._plan = plan
         self._settings = settings
         self._emit = emit
         self._signal_number = signal_number
-        self._book = RoundBook(
-            plan.shares, plan.stages, plan.samples, settings.server.commits_per_epoch
-        )
-        self._plans = {0: plan}
-        self._evaluator = evaluator
+        self._work = Work(plan, settings)
+        self._book = self._work.book
         self._model = GlobalModel(
             link,
             model,
             MERGES[settings.server.merge],
             ServerOptimizer.of(settings.server),
-            self._pace,
+            lambda: self._work.pace(evaluator.parameters.trained),
         )
         workers, small_workers = link.workers, min(plan.shares.small_workers, link.workers)
         self._crew = Crew([group_of(w, workers, small_workers) for w in range(1, workers + 1)])
         self._left_out: set[str] = set()
         self._image_name = image_name
-        self._stage = self._announced = -1
         self._silent: set[int] = set()
         self._listened = 0.0
         self._undone: set[int] = set()
@@ -139,11 +134,7 @@ class ParameterServer:
             Of the best checkpoint so far.
         """
         self._model.restore(checkpoint.model, checkpoint.server)
-        self._book.restore(checkpoint.rounds)
-        for cut in self._book.cuts[1:]:
-            self._plans[cut.start_epoch] = self._plan.for_workers(
-                cut.workers, cut.small_workers, self._settings.plan.time_ratio
-            )
+        self._work.restore(checkpoint.rounds)
         self._crew.commits.update(checkpoint.worker_commits)
         self._snapshots.resume(checkpoint, evaluated, best_accuracy)
         if self._book.cuts[-1].workers != len(self._crew.active):
@@ -205,13 +196,14 @@ class ParameterServer:
 
     async def _take_commit(self, worker: int, report: Report) -> None:
         await self._snapshots.make_room(worker)
+        order = self._crew.order_of(worker)
         event = self._count_commit(worker, report)
         reply = self._may_go_on(worker) and self._send_next_order(worker)
         try:
-            await self._model.merge(worker, self._factor(report), reply)
+            await self._model.merge(worker, self._work.factor(order), reply)
         except WorkerLost:
-            self._uncount_commit(worker, report)
-            self._book.give_back(_trained_as(report), report.index)
+            self._uncount_commit(worker, order)
+            self._work.give_back(order)
         else:
             self._emit("commit", event)
             self._announce_stage()
@@ -235,14 +227,13 @@ class ParameterServer:
         """Merge what all workers have committed; again without those that die meanwhile."""
         while commits := {w: r for w, r in sorted(reports.items()) if w in self._crew.waiting}:
             events = [self._count_commit(worker, report) for worker, report in commits.items()]
-            weights = reduction_weights([self._factor(report) for report in commits.values()])
+            factors = [self._work.factor(self._crew.order_of(worker)) for worker in commits]
+            weights = dict(zip(commits, reduction_weights(factors), strict=True))
             self._undone.clear()
             self._reductions += 1
             order = Order(OrderKind.REDUCE, index=self._reductions, regroup=self._regroup)
             for worker in sorted(self._crew.waiting):
-                order.weight = 0.0  # of those that have nothing to commit
-                if worker in commits:
-                    order.weight = weights[list(commits).index(worker)]
+                order.weight = weights.get(worker, 0.0)  # some have nothing to commit
                 self._link.order(worker, order)
             if (not self._regroup or self._link.regroup()) and await self._reduced():
                 self._regroup = False
@@ -250,8 +241,8 @@ class ParameterServer:
                 for event in events:
                     self._emit("commit", event)
                 return
-            for worker, report in commits.items():
-                self._uncount_commit(worker, report)
+            for worker in commits:
+                self._uncount_commit(worker, self._crew.order_of(worker))
             self._regroup = True
             self._crew.owing = self._crew.waiting - self._undone
             while self._crew.waiting - self._undone:
@@ -295,106 +286,31 @@ class ParameterServer:
 
     def _send_next_order(self, worker: int) -> bool:
         """Order a worker that waits to train its next round; whether there is one."""
-        work = self._book.hand_out(self._crew.group(worker))
-        if work is None:
+        order = self._work.next_order(self._crew.group(worker), self._crew.commits[worker])
+        if order is None:
             return False
-        self._send_order(worker, self._order(worker, work))
+        self._send_order(worker, order)
         return True
 
     def _send_order(self, worker: int, order: Order) -> None:
         self._crew.note_order(worker, order, self._link.now())
         self._link.order(worker, order)
 
-    def _order(self, worker: int, work: Round) -> Order:
-        self._stage = number = self._book.stage
-        plan = self._plan_of(work.group, work.index)
-        stage, batch = plan.stages[number], plan.batch(number, work.group)
-        following = self._book.next_stage
-        samples = work.end - work.begin
-        rate, change = self._rate(batch, plan)
-        return Order(
-            OrderKind.TRAIN,
-            small=work.group is Group.SMALL,
-            index=work.index,
-            epoch=work.epoch,
-            part=work.part,
-            slot=work.slot,
-            begin=work.begin,
-            end=work.end,
-            stage=number,
-            resolution=stage.resolution,
-            batch=batch,
-            next_resolution=plan.stages[following].resolution,
-            next_batch=plan.batch(following, work.group),
-            commits=self._book.commits,
-            worker_commits=self._crew.commits[worker],
-            learning_rate=rate,
-            rate_change=change,
-            dropout=stage.dropout,
-            predicted_seconds=plan.timing[stage.resolution].of_steps(
-                samples, len(split_evenly(samples, batch))
-            ),
-        )
-
-    def _rate(self, batch: int, plan: TrainingPlan) -> tuple[float, float]:
-        """The learning rate of a round that begins now, and its change until the round's end."""
-        schedule, epoch = self._settings.schedule, self._book.epoch
-        round_epochs = 1 / self._settings.server.commits_per_epoch
-        scale = schedule.rate_scale(plan.shares.workers, batch)
-        start, end = schedule.rates().of_round(epoch, epoch + round_epochs)
-        return scale * start, scale * (end - start)
-
-    def _pace(self) -> Pace:
-        """What the servers must know of the version that the commits counted so far make."""
-        parts = self._settings.server.commits_per_epoch
-        return pace_of(
-            self._evaluator.parameters.trained,
-            self._book.epoch,
-            parts if self._settings.server.synchronous else self._book.commits_per_epoch,
-            self._settings.server,
-            self._settings.schedule,
-        )
-
     def _announce_stage(self) -> None:
         """Log that a stage has begun, once workers have been sent into it."""
-        number = self._stage
-        if number != self._announced:
-            self._announced = number
-            stage = self._plan.stages[number]
-            self._emit("stage", {"commit": self._book.commits, "stage": number} | vars(stage))
+        if (stage := self._work.new_stage()) is not None:
+            self._emit("stage", stage)
 
     def _count_commit(self, worker: int, report: Report) -> dict[str, Any]:
         """Count a commit; the event to log once it is merged."""
-        order = self._crew.order_of(worker)
-        self._book.commit(_trained_as(report), report.index)
         self._crew.commits[worker] += 1
         self._crew.refused[worker] = 0
-        return {
-            "commit": self._book.commits,
-            "epochs": round(self._book.epoch, 6),
-            "worker": worker,
-            "group": self._crew.group(worker).value,
-            "trained_as": _trained_as(report).value,
-            "epoch": order.epoch,
-            "part": order.part,
-            "begin": order.begin,
-            "end": order.end,
-            "stage": order.stage,
-            "learning_rate": order.learning_rate,
-            "resolution": order.resolution,
-            "dropout": order.dropout,
-            "batch": order.batch,
-            "pulled_at": order.commits,
-            "samples": report.samples,
-            "steps": report.steps,
-            "loss": report.loss / max(report.samples, 1),
-            "accuracy": report.correct / max(report.samples, 1),
-            "predicted_seconds": order.predicted_seconds,
-        } | _seconds(report)
+        who = {"worker": worker, "group": self._crew.group(worker).value}
+        return self._work.count(self._crew.order_of(worker), report) | who | _seconds(report)
 
-    def _uncount_commit(self, worker: int, report: Report) -> None:
+    def _uncount_commit(self, worker: int, order: Order) -> None:
         """A commit was cut short by its worker's death, or by another's in a reduction."""
-        self._book.take_back(_trained_as(report), report.index)
+        self._work.uncount(order)
         self._crew.commits[worker] -= 1
 
     async def _after_commits(self) -> None:
@@ -431,15 +347,15 @@ class ParameterServer:
         elif report.kind == ReportKind.UNDONE and report.index == self._reductions:
             self._undone.add(worker)
         elif report.kind == ReportKind.DIVERGED:
-            self._refuse(worker, report)
+            self._refuse(worker)
         elif report.kind == ReportKind.LEAVE:
             group = self._crew.group(worker).value
             self._emit("leave", {"worker": worker, "group": group} | _seconds(report))
 
-    def _refuse(self, worker: int, report: Report) -> None:
+    def _refuse(self, worker: int) -> None:
         """A round has ended in NaN or infinity: it is done again, from the last good model."""
         order = self._crew.order_of(worker)
-        self._book.give_back(_trained_as(report), report.index)
+        self._work.give_back(order)
         self._crew.refused[worker] += 1
         where = {"epoch": order.epoch, "stage": order.stage, "learning_rate": order.learning_rate}
         self._emit(
@@ -466,8 +382,8 @@ class ParameterServer:
         """A worker has died: others do what it leaves undone."""
         trained = worker in self._crew.active
         order = self._crew.lose(worker)
-        if order is not None and self._book.under_way(_trained_as(order), order.index):
-            self._book.give_back(_trained_as(order), order.index)
+        if order is not None:
+            self._work.give_back(order)
         self._regroup = True
         group = self._crew.group(worker).value
         self._emit("lost", {"commit": self._book.commits, "worker": worker, "group": group})
@@ -479,18 +395,10 @@ class ParameterServer:
         self._replan()
 
     def _replan(self) -> None:
-        """Solve the plan for the workers that are left; it holds from the next epoch on."""
-        plan = self._plan.for_workers(
-            len(self._crew.active), self._crew.small_workers, self._settings.plan.time_ratio
-        )
-        self._crew.regroup(plan.shares.small_workers)
-        epoch = self._book.recut(plan.shares)
-        self._plans[epoch] = plan
-        self._emit(
-            "plan",
-            {"commit": self._book.commits, "from_epoch": epoch, "total": self._book.total}
-            | {k: v for k, v in plan.to_dict().items() if k not in ("timing", "samples")},
-        )
+        """Solve the plan for the workers that are left."""
+        plan = self._work.replan(len(self._crew.active), self._crew.small_workers)
+        self._crew.regroup(plan["small_workers"])
+        self._emit("plan", plan)
 
     def _watch(self) -> None:
         """Report workers that have not been heard of for long, and end them if so configured."""
@@ -535,19 +443,6 @@ class ParameterServer:
             if report.kind == ReportKind.COMMIT and not self._settings.server.synchronous:
                 with contextlib.suppress(WorkerLost):
                     await self._model.drop(worker)
-
-    def _plan_of(self, group: Group, index: int) -> TrainingPlan:
-        """The plan by which that round was cut."""
-        return self._plans[self._book.cuts[self._book.cut_of(group, index)].start_epoch]
-
-    def _factor(self, report: Report) -> float:
-        group = _trained_as(report)
-        return self._plan_of(group, report.index).shares.factor(group)
-
-
-def _trained_as(work: Report | Order) -> Group:
-    """Whose round that is; mostly that of the worker's own group."""
-    return Group.SMALL if work.small else Group.LARGE
 
 
 def _seconds(report: Report) -> dict[str, float]:
