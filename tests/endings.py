@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -101,6 +102,18 @@ class Job:
     def signal(self, number: int) -> None:
         """Signal the command and what it has started, as a terminal does."""
         os.killpg(self.process.pid, number)
+
+    def ranks(self) -> dict[int, int]:
+        """The processes of the ranks that mpirun has started and that still run."""
+        found = {}
+        for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for child in file.read_text().split():
+                with contextlib.suppress(OSError):
+                    environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                    values = dict(entry.partition(b"=")[::2] for entry in environment)
+                    if rank := values.get(b"OMPI_COMM_WORLD_RANK"):
+                        found[int(rank)] = int(child)
+        return found
 
     def until(self, happened: Callable[[], object], seconds: float = 90) -> None:
         """Wait until it has happened; the job must not have ended by then."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import succeed
-from endings import Job, assert_refusal, contents, sets
+from endings import Job, contents, sets
 from programs.runs import PROGRAMS, assert_same_bits, final_model, leads
 
 from hpc_hdb.report.events import read_events
@@ -87,15 +86,9 @@ def starts(run: Path) -> int:
 
 def processes(job: Job) -> list[int]:
     """mpirun and the ranks, in their order."""
-    parent = job.process.pid
-    ranks = {}
-    for file in Path(f"/proc/{parent}/task").glob("*/children"):
-        for child in file.read_text().split():
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            values = dict(entry.partition(b"=")[::2] for entry in environment)
-            ranks[int(values[b"OMPI_COMM_WORLD_RANK"])] = int(child)
+    ranks = job.ranks()
     assert sorted(ranks) == list(range(len(ranks)))
-    return [parent, *(ranks[rank] for rank in range(len(ranks)))]
+    return [job.process.pid, *(ranks[rank] for rank in range(len(ranks)))]
 
 
 def assert_whole(run: Path) -> Checkpoint:
@@ -222,14 +215,6 @@ def test_a_finished_run_has_nothing_to_resume(finished: Path) -> None:
     after = contents(finished)
     assert before.pop(".lock") != after.pop(".lock")
     assert before == after
-
-
-def test_another_number_of_ranks_is_refused(finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "unfinished"
-    shutil.copytree(finished, run)
-    (run / "summary.json").unlink()
-    told = f"{run} was started with 3 ranks: resume it with mpirun -n 3, not 2"
-    assert_refusal(resume(run, ranks=2).end(), told)
 
 
 @pytest.mark.parametrize(("sync", "bound", "servers"), [("asp", 1000, 2), ("ssp", 0, 1)])

@@ -177,7 +177,7 @@ def simulate(words: list[str], resume: Path | None = None) -> int:
     settings = load_settings(words[0], ["run.threads=1", *words[2::2]])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(PROGRAMS)
-        return train_virtually(settings, "test", resume, Progress(Console(quiet=True)))
+        return train_virtually(settings, "test", resume, False, Progress(Console(quiet=True)))
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [("bsp-2", "nesterov"), ("asp-3", "slowmo")])

@@ -23,6 +23,8 @@ class ReportKind(enum.IntEnum):
     """A reduction came to nothing, as a rank was lost in it: the merged model is not here."""
     LOST = 8
     """Not sent by the worker, but said of it by the link: it is gone."""
+    PRESENT = 9
+    """The answer to a MUSTER order."""
 
 
 class OrderKind(enum.IntEnum):
@@ -34,6 +36,8 @@ class OrderKind(enum.IntEnum):
     """Within a group: take part in the evaluation of the model that comes with it."""
     REDUCE = 4
     """Take part in a reduction (BSP), with a model scaled by `weight`; another order follows."""
+    MUSTER = 5
+    """Answer, before those that are left form new groups; another order follows."""
 
 
 Self = TypeVar("Self", bound="_Record")
@@ -126,6 +130,8 @@ class InstructionKind(enum.IntEnum):
     """Send the current version to `worker`."""
     DROP = 3
     """Receive the commit of `worker`, and forget it."""
+    MUSTER = 5
+    """Answer, before those that are left form new groups; another order follows."""
     REDUCE = 4
     """Reduce all workers' commits to a new version, and send it to all of them."""
     COLLECT = 5

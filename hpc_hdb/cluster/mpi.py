@@ -240,7 +240,11 @@ class MpiWorkerLink:
         order = self._next_order()
         merged = False
         self._contribution.renew(model)
-        while order.kind == OrderKind.REDUCE:
+        while order.kind in (OrderKind.REDUCE, OrderKind.MUSTER):
+            if order.kind == OrderKind.MUSTER:
+                self._report(Report(ReportKind.PRESENT, index=order.index))
+                order = self._next_order()
+                continue
             start = time.perf_counter()
             merged = self._reduce(order)
             self.communicate_seconds += time.perf_counter() - start

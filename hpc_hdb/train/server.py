@@ -102,9 +102,9 @@ class ParameterServer:
         self._image_name = image_name
         self._silent: set[int] = set()
         self._listened = 0.0
-        self._undone: set[int] = set()
+        self._answered: set[int] = set()
         self._regroup = False
-        self._reductions = 0
+        self._asked = 0
         self._checkpoints = checkpoints
         self._snapshots = Snapshots(
             self._model,
@@ -217,7 +217,7 @@ class ParameterServer:
                 if report.kind == ReportKind.COMMIT:
                     await self._snapshots.make_room(worker)
                     reports[worker] = report
-                elif worker in self._undone:
+                elif report.kind == ReportKind.UNDONE and worker in self._answered:
                     await self._send_again(worker)
             await self._reduce(reports)
             await self._after_commits()
@@ -225,13 +225,16 @@ class ParameterServer:
 
     async def _reduce(self, reports: dict[int, Report]) -> None:
         """Merge what all workers have committed; again without those that die meanwhile."""
-        while commits := {w: r for w, r in sorted(reports.items()) if w in self._crew.waiting}:
+        while True:
+            if self._regroup:
+                await self._muster()
+            commits = {w: r for w, r in sorted(reports.items()) if w in self._crew.waiting}
+            if not commits:
+                return
             events = [self._count_commit(worker, report) for worker, report in commits.items()]
             factors = [self._work.factor(self._crew.order_of(worker)) for worker in commits]
             weights = dict(zip(commits, reduction_weights(factors), strict=True))
-            self._undone.clear()
-            self._reductions += 1
-            order = Order(OrderKind.REDUCE, index=self._reductions, regroup=self._regroup)
+            order = self._ask(OrderKind.REDUCE)
             for worker in sorted(self._crew.waiting):
                 order.weight = weights.get(worker, 0.0)  # some have nothing to commit
                 self._link.order(worker, order)
@@ -244,9 +247,25 @@ class ParameterServer:
             for worker in commits:
                 self._uncount_commit(worker, self._crew.order_of(worker))
             self._regroup = True
-            self._crew.owing = self._crew.waiting - self._undone
-            while self._crew.waiting - self._undone:
-                await self._next_report()
+            await self._all_answer()
+
+    async def _muster(self) -> None:
+        """Make sure that all are there who are to form new groups: one that hangs holds up all."""
+        order = self._ask(OrderKind.MUSTER)
+        for worker in sorted(self._crew.waiting):
+            self._link.order(worker, order)
+        await self._all_answer()
+
+    def _ask(self, kind: OrderKind) -> Order:
+        """An order that those who wait answer, unless they carry it out."""
+        self._answered.clear()
+        self._asked += 1
+        return Order(kind, index=self._asked, regroup=self._regroup)
+
+    async def _all_answer(self) -> None:
+        self._crew.owing = self._crew.waiting - self._answered
+        while self._crew.waiting - self._answered:
+            await self._next_report()
 
     async def _reduced(self) -> bool:
         try:
@@ -257,7 +276,6 @@ class ParameterServer:
 
     async def _send_again(self, worker: int) -> None:
         """The worker has missed the end of a reduction that was done elsewhere."""
-        self._undone.discard(worker)
         self._regroup = True
         if worker in self._crew.waiting:
             self._crew.lacking.add(worker)
@@ -344,8 +362,9 @@ class ParameterServer:
             self._emit("progress", {"worker": worker, "samples": report.samples})
         elif report.kind == ReportKind.LEFT_OUT:
             self._note_left_out(self._image_name(report.index))
-        elif report.kind == ReportKind.UNDONE and report.index == self._reductions:
-            self._undone.add(worker)
+        elif report.kind in (ReportKind.UNDONE, ReportKind.PRESENT):
+            if report.index == self._asked:
+                self._answered.add(worker)
         elif report.kind == ReportKind.DIVERGED:
             self._refuse(worker)
         elif report.kind == ReportKind.LEAVE:
