@@ -163,6 +163,8 @@ class Server(Section):
     """Ranks over which the global model is spread; the first ones."""
     ranks_per_worker: Positive = 1
     """Ranks (one GPU each) that share each batch of a worker; more than 1 needs Horovod."""
+    adaptive: bool = False
+    """BSP: shares follow the workers' measured speeds, so that a slow one keeps none waiting."""
     refusals: Positive = 3
     """Rounds in a row that may end in NaN or infinity before a worker is dropped."""
     silent_seconds: Annotated[float, Field(gt=0)] = 120.0

@@ -252,9 +252,9 @@ def test_what_is_evaluated_is_what_is_saved(
     last = [event for event in events(folder) if event["event"] == "evaluation"][-1]
     monkeypatch.chdir(PROGRAMS)
     (folder / "model.pt").rename(folder / "model")
-    _, of_checkpoint = evaluate_run(folder)  # as of a run that goes on
+    _, of_checkpoint = evaluate_run(folder, False, print)  # as of a run that goes on
     (folder / "model").rename(folder / "model.pt")
-    _, of_model = evaluate_run(folder)
+    _, of_model = evaluate_run(folder, False, print)
     for again in (of_checkpoint, of_model):
         assert (again.accuracy, again.loss) == (last["accuracy"], pytest.approx(last["loss"]))
 

@@ -22,13 +22,18 @@ from hpc_hdb.train.worker import run_worker
 SLOWNESS = (1, 1, 6)
 
 
-def settings_for(sync: str, staleness: int = 1) -> Settings:
+def settings_for(sync: str, staleness: int = 1, adaptive: bool = False) -> Settings:
     values = {
         "data": {"source": "synthetic", "synthetic_samples": 60, "synthetic_side": 8},
         "model": {"name": "models:tiny"},
         "plan": {"small_workers": 0, "timing": {"8": [1e-3, 1e-3]}},
         "schedule": {"epochs": 4, "resolutions": [8], "large_batch": [10]},
-        "server": {"sync": sync, "staleness": staleness, "commits_per_epoch": 2},
+        "server": {
+            "sync": sync,
+            "staleness": staleness,
+            "commits_per_epoch": 2,
+            "adaptive": adaptive,
+        },
     }
     return parse_settings(values, "test")
 
@@ -79,7 +84,13 @@ class Run:
             server.resume(checkpoint, 0)
         kept = self.settings.run.states_kept
         workers = [
-            run_worker(link, make_trainer(self.settings, data, cpu), False, self.folder, kept)
+            run_worker(
+                link,
+                make_trainer(self.settings, data, cpu),
+                self.settings.server.synchronous,
+                self.folder,
+                kept,
+            )
             for link in cluster.workers
         ]
         cluster.run(server.run(), workers)
@@ -117,3 +128,29 @@ def test_ssp_keeps_its_bound_through_a_resume(until: int, tmp_path: Path) -> Non
     run.live()
     assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
     assert max(leads(run.commits)) == 1
+
+
+def test_adaptive_shares_make_a_slow_worker_cost_its_own_share_alone() -> None:
+    """From the second epoch on; in the first one it is measured."""
+    even, adaptive = Run(settings_for("bsp")), Run(settings_for("bsp", adaptive=True))
+    even.live()
+    adaptive.live()
+    first, *others = (epoch_seconds(adaptive, epoch) for epoch in range(4))
+    assert first == pytest.approx(even.seconds / 4)
+    for seconds in others:  # of three workers, one of which does a sixth
+        assert seconds < 1.5 * first / SLOWNESS[2] * 3 / (2 + 1 / SLOWNESS[2])
+    visits = Counter(
+        (commit["epoch"], position)
+        for commit in adaptive.commits
+        for position in range(commit["begin"], commit["end"])
+    )
+    assert visits == {(epoch, position): 1 for epoch in range(4) for position in range(60)}
+
+
+def epoch_seconds(run: Run, epoch: int) -> float:
+    """Of the slowest worker's rounds."""
+    seconds = Counter[int]()
+    for commit in run.commits:
+        if commit["epoch"] == epoch:
+            seconds[commit["worker"]] += commit["train_seconds"]
+    return max(seconds.values())

@@ -66,11 +66,16 @@ def rows_of(batch: int, rank: int, ranks: int) -> slice:
     return slice(begin, begin + share + (rank < rest))
 
 
-def epoch_bounds(plan: DualBatchPlan, samples: int) -> list[int]:
+def epoch_bounds(plan: DualBatchPlan, samples: int, slowness: Sequence[float] = ()) -> list[int]:
     """Where the epoch's permutation is cut into the workers' slots, large ones first.
 
     The plan's shares are rounded and may miss `samples` by a few; the cuts hit it exactly,
     each slot within one of its share's proportion.
+
+    Parameters
+    ----------
+    slowness : sequence of float, length ``workers``, optional
+        How many times as long as predicted each worker takes; its slot is smaller by as much.
 
     Returns
     -------
@@ -78,6 +83,9 @@ def epoch_bounds(plan: DualBatchPlan, samples: int) -> list[int]:
         From 0 to `samples`.
     """
     shares = [plan.large_share] * plan.large_workers + [plan.small_share] * plan.small_workers
+    if slowness:
+        fair = [share / slow for share, slow in zip(shares, slowness, strict=True)]
+        return [0, *(round(samples * end / sum(fair)) for end in accumulate(fair))]
     return [0, *(samples * end // sum(shares) for end in accumulate(shares))]
 
 
@@ -174,6 +182,11 @@ class RoundBook:
         """Whether no round is under way."""
         return not self._open
 
+    @property
+    def between_epochs(self) -> bool:
+        """Whether all epochs that have begun are done."""
+        return max(map(self._first_untouched_epoch, Group)) == self.epoch
+
     def under_way(self, group: Group, index: int) -> bool:
         """Whether that round was handed out and is neither committed nor given back."""
         return (group, index) in self._open
@@ -199,11 +212,17 @@ class RoundBook:
         epoch = int(self.epoch_at(self.commits + self._cut_at(self.commits).workers))
         return stage_index(self._stages, min(epoch, self._epochs - 1))
 
-    def recut(self, plan: DualBatchPlan) -> int:
+    def recut(self, plan: DualBatchPlan, slowness: Sequence[float] = ()) -> int:
         """Cut the epochs of which no round has been handed out by another plan.
 
         Those under way keep their cut: what is left of them goes to whoever is free, of either
         group.
+
+        Parameters
+        ----------
+        plan : DualBatchPlan
+        slowness : sequence of float, optional
+            As in `epoch_bounds`.
 
         Returns
         -------
@@ -215,7 +234,7 @@ class RoundBook:
             self.cuts.pop()
         self._shared_until = start
         if start < self._epochs:
-            self._add_cut(start, plan)
+            self._add_cut(start, plan, slowness)
         return start
 
     def hand_out(self, group: Group) -> Round | None:
@@ -331,11 +350,11 @@ class RoundBook:
         """The cut of the epoch under way after so many commits."""
         return next(cut for cut in reversed(self.cuts) if cut.start_commits <= commits)
 
-    def _add_cut(self, epoch: int, plan: DualBatchPlan) -> None:
+    def _add_cut(self, epoch: int, plan: DualBatchPlan, slowness: Sequence[float] = ()) -> None:
         first, commits = dict.fromkeys(Group, 0), 0
         if self.cuts:
             last = self.cuts[-1]
             first = {group: self._first_round(last, group, epoch) for group in Group}
             commits = self._commits_at(last, epoch)
-        bounds = tuple(epoch_bounds(plan, self._samples))
+        bounds = tuple(epoch_bounds(plan, self._samples, slowness))
         self.cuts.append(Cut(epoch, plan.large_workers, plan.small_workers, bounds, commits, first))

@@ -26,6 +26,8 @@ through a resume). Events by name:
 - ``lost``: ``commit``, ``worker``, ``group``: it has died; others go on
 - ``plan``: ``commit``, ``from_epoch``, ``total`` (commits of the whole run), and what plan.json
   holds but the timing: the plan for the workers that are left
+- ``adapted``: as ``plan``, and ``slowness``, each worker's time relative to the predicted one, by
+  which the shares of the epochs from then on are cut
 - ``leave``: ``worker``, ``group``, and the seconds since its last commit
 - ``resume``: ``commit``, ``seconds``; what was logged after that commit is void
 - ``interrupted``: ``signal``

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.plan import Group
 
+_LATEST = 0.5
+"""Weight of a worker's latest round in its measured speed."""
+
 
 class Crew:
     """Workers by number, from 1.
@@ -46,6 +49,7 @@ class Crew:
         self._groups = dict(enumerate(groups, start=1))
         self._orders: dict[int, Order] = {}
         self._heard: dict[int, float] = {}
+        self._slowness: dict[int, float] = {}
 
     def group(self, worker: int) -> Group:
         return self._groups[worker]
@@ -83,6 +87,17 @@ class Crew:
             self.lacking.add(worker)
         elif report.kind == ReportKind.LEAVE:
             self.present.discard(worker)
+
+    def note_seconds(self, worker: int, seconds: float) -> None:
+        """A round took so long, whatever was predicted of it."""
+        slowness = seconds / self._orders[worker].predicted_seconds
+        before = self._slowness.get(worker, slowness)
+        self._slowness[worker] = before + _LATEST * (slowness - before)
+
+    @property
+    def slowness(self) -> list[float]:
+        """How many times as long as predicted the active workers take, in their order."""
+        return [self._slowness.get(worker, 1.0) for worker in sorted(self.active)]
 
     def dismiss(self, worker: int) -> None:
         """The worker is to train no more; it is there until it leaves."""

@@ -33,6 +33,8 @@ from hpc_hdb.train.work import Work
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
 """For the workers to come out of a step, once a run is interrupted."""
+_CHANGE = 1.1
+"""By how much one worker's speed relative to another's must change for shares to follow."""
 _SILENT_ROUNDS = 3.0
 """A worker counts as silent no sooner than after so many predicted times of its round."""
 
@@ -105,6 +107,7 @@ class ParameterServer:
         self._answered: set[int] = set()
         self._regroup = False
         self._asked = 0
+        self._slowness = [1.0] * workers
         self._checkpoints = checkpoints
         self._snapshots = Snapshots(
             self._model,
@@ -220,6 +223,7 @@ class ParameterServer:
                 elif report.kind == ReportKind.UNDONE and worker in self._answered:
                     await self._send_again(worker)
             await self._reduce(reports)
+            self._adapt()
             await self._after_commits()
             await self._send_rounds()
 
@@ -248,6 +252,18 @@ class ParameterServer:
                 self._uncount_commit(worker, self._crew.order_of(worker))
             self._regroup = True
             await self._all_answer()
+
+    def _adapt(self) -> None:
+        """Between epochs, let the shares follow the workers' speeds where these have changed."""
+        if not self._settings.server.adaptive or not self._book.between_epochs:
+            return
+        slowness = self._crew.slowness
+        changes = [new / old for new, old in zip(slowness, self._slowness, strict=False)]
+        if len(slowness) == len(self._slowness) and max(changes) < _CHANGE * min(changes):
+            return
+        self._slowness = slowness
+        plan = self._work.replan(len(slowness), self._crew.small_workers, slowness)
+        self._emit("adapted", {"commit": self._book.commits, "slowness": slowness} | plan)
 
     async def _muster(self) -> None:
         """Make sure that all are there who are to form new groups: one that hangs holds up all."""
@@ -323,6 +339,7 @@ class ParameterServer:
         """Count a commit; the event to log once it is merged."""
         self._crew.commits[worker] += 1
         self._crew.refused[worker] = 0
+        self._crew.note_seconds(worker, report.train_seconds)
         who = {"worker": worker, "group": self._crew.group(worker).value}
         return self._work.count(self._crew.order_of(worker), report) | who | _seconds(report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hpc_hdb.cluster.messages import Order, OrderKind, Report
@@ -39,8 +40,16 @@ class Work:
         for cut in self.book.cuts[1:]:
             self._plans[cut.start_epoch] = self._solve(cut.workers, cut.small_workers)
 
-    def replan(self, workers: int, small_workers: int) -> dict[str, Any]:
+    def replan(
+        self, workers: int, small_workers: int, slowness: Sequence[float] = ()
+    ) -> dict[str, Any]:
         """Solve the plan for so many workers; it holds from the next epoch on.
+
+        Parameters
+        ----------
+        workers, small_workers : int
+        slowness : sequence of float, optional
+            As in `hpc_hdb.plan.rounds.epoch_bounds`.
 
         Returns
         -------
@@ -48,7 +57,7 @@ class Work:
             The values of a ``plan`` event.
         """
         plan = self._solve(workers, small_workers)
-        epoch = self.book.recut(plan.shares)
+        epoch = self.book.recut(plan.shares, slowness)
         self._plans[epoch] = plan
         about = {k: v for k, v in plan.to_dict().items() if k not in ("timing", "samples")}
         return {"commit": self.book.commits, "from_epoch": epoch, "total": self.book.total} | about
@@ -139,7 +148,14 @@ class Work:
     def factor(self, order: Order) -> float:
         """Model update factor with which a round is committed."""
         group = trained_as(order)
-        return self._plan_of(group, order.index).shares.factor(group)
+        shares = self._plan_of(group, order.index).shares
+        if not self._settings.server.adaptive:
+            return shares.factor(group)
+        return (
+            self._settings.server.commits_per_epoch
+            * (order.end - order.begin)
+            / max(shares.large_share, shares.small_share)
+        )
 
     def pace(self, trained: int) -> Pace:
         """What the servers must know of the version that the commits counted so far make.

@@ -94,12 +94,13 @@ def test_no_accident_costs_a_sample(mode: str, tmp_path: Path) -> None:
     dice, memory = random.Random(seed), Memory()
     accidents: list[str] = []
     job, lives = begin(mode, run, epochs), 1
-    deadline = time.monotonic() + SECONDS
+    deadline = 0.0
     while not (run / "summary.json").exists():
         end = time.monotonic() + PATIENCE
         while job.process.poll() is None and not has_begun(run, lives):
             assert time.monotonic() < end, accidents
             time.sleep(0.05)
+        deadline = deadline or time.monotonic() + SECONDS
         while job.process.poll() is None:
             assert time.monotonic() < end + SECONDS, accidents
             time.sleep(min(EVERY, 0.05) if time.monotonic() > deadline else EVERY)
@@ -111,7 +112,7 @@ def test_no_accident_costs_a_sample(mode: str, tmp_path: Path) -> None:
                 assert_whole(run)
             lives = (run / "events.jsonl").read_text().count('{"event": "start"') + 1
             job = go_on(run, dice.choice([3, 4, 5]))
-    assert len(accidents) >= 2
+    assert accidents
     visits = np.zeros((epochs, SAMPLES), dtype=int)
     log = read_events(run)
     for commit in named(log, "commit"):
