@@ -29,9 +29,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _holds_no_null_characters(self) -> Section:
+    def _paths_hold_no_null_characters(self) -> Section:
         for name, value in self:
-            if isinstance(value, str | Path) and "\0" in str(value):
+            if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{type(self).__name__.lower()}.{name} holds a null character")
         return self
 

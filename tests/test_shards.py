@@ -222,7 +222,7 @@ def test_verify_finds_every_kind_of_damage(here: Path) -> None:
     (folder / "00003.idx").unlink()
     ending = Job("hdb", "verify", "packed", cwd=here).end()
     assert ending.status == 2
-    told = ["not match its checksum", "bytes instead of", "No such file", "idx is missing"]
+    told = ["not match its checksum", "bytes instead of", "No such file", "idx: No such file"]
     assert len(ending.lines) == 5
     for number, words in enumerate(told):
         assert f"packed/train/original/0000{number}." in ending.lines[number]

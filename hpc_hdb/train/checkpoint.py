@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hpc_hdb.errors import UserError
-from hpc_hdb.train.sealed import DamagedFile, read_sealed, write_sealed
+from hpc_hdb.train.sealed import DamagedFile, find_damage, read_sealed, write_sealed
 
 BEST = "best.pt"
 _NUMBERED = "[0-9]" * 8 + ".pt"
@@ -186,7 +187,9 @@ def load_worker_state(folder: Path, rank: int, commits: int, device: torch.devic
     Training then goes on with a fresh optimizer, of which `note_lost_states` tells.
     """
     with contextlib.suppress(FileNotFoundError, DamagedFile):
-        return _load_state(_worker_file(folder, rank, commits), device)
+        state = read_sealed(_worker_file(folder, rank, commits), device)
+        if isinstance(state, dict) and "optimizer" in state:
+            return state
     return None
 
 
@@ -194,20 +197,15 @@ def note_lost_states(
     folder: Path, worker_commits: Mapping[int, int], note_damage: NoteDamage
 ) -> None:
     """Tell of the workers whose state is missing or damaged, if there are any."""
-    lost = []
-    for rank, commits in sorted(worker_commits.items()):
-        if commits:
-            path = _worker_file(folder, rank, commits)
-            try:
-                _load_state(path, torch.device("cpu"))
-            except FileNotFoundError:
-                lost.append((path, "it is missing", rank))
-            except DamagedFile as error:
-                lost.append((path, str(error), rank))
+    ranks = [rank for rank, commits in sorted(worker_commits.items()) if commits]
+    files = [_worker_file(folder, rank, worker_commits[rank]) for rank in ranks]
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        problems = list(pool.map(find_damage, files))
+    lost = [found for found in zip(ranks, files, problems, strict=True) if found[2]]
     if lost:
-        path, reason, _ = lost[0]
-        ranks = [str(rank) for _, _, rank in lost]
-        who = f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {', '.join(ranks)}"
+        _, path, reason = lost[0]
+        numbers = ", ".join(str(rank) for rank, *_ in lost)
+        who = f"worker {numbers}" if len(lost) == 1 else f"workers {numbers}"
         note_damage(path, reason, f"a fresh optimizer in {who}")
 
 
@@ -230,13 +228,6 @@ def _load(path: Path, signature: str) -> Checkpoint:
             f"{path.parent.parent / 'config.toml'}"
         )
     return checkpoint
-
-
-def _load_state(path: Path, device: torch.device) -> dict:
-    state = read_sealed(path, device)
-    if not (isinstance(state, dict) and "optimizer" in state):
-        raise DamagedFile("it is no worker's state")
-    return state
 
 
 def _numbered(folder: Path) -> list[Path]:

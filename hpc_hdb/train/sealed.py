@@ -92,10 +92,8 @@ def read_sealed(path: Path, device: torch.device | str = "cpu") -> Any:
     DamagedFile
         If it cannot be read, a single bit of it has changed, or loading it would execute code.
     """
-    if path.exists() and not path.is_file():
-        raise DamagedFile("it is no file")
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             _verify(file)
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
@@ -107,6 +105,26 @@ def read_sealed(path: Path, device: torch.device | str = "cpu") -> Any:
         raise DamagedFile("it holds code, which is not executed") from None
     except Exception as error:  # such a file raises whatever its bytes lead to
         raise DamagedFile(str(error).split("\n")[0][:120]) from None
+
+
+def find_damage(path: Path) -> str:
+    """What is wrong with a file that `write_sealed` wrote, without loading it; empty if nothing."""
+    try:
+        with _open(path) as file:
+            _verify(file)
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return error.strerror or str(error)
+    except DamagedFile as error:
+        return str(error)
+    return ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise DamagedFile("it is no file")
+    return open(path, "rb")
 
 
 def _verify(file: IO[bytes]) -> None:

@@ -120,8 +120,8 @@ def test_a_timing_file_is_not_lost_to_a_full_disk(here: Path, disk: Callable[[st
     timing = folder / "timing.json"
     timing.write_text('{"resolutions": {}}')
     with (
-        (folder / "ballast").open("ab", buffering=0) as file,
-        pytest.raises(OSError, match="space"),
+        (folder / "ballast").open("ab", buffering=0) as ballast,
+        pytest.raises(OSError, match="No space left"),
     ):
         while True:
             ballast.write(bytes(512))
