@@ -7,11 +7,11 @@ through a resume). Events by name:
   ``ranks_per_worker``, ``small_workers``,
   ``commits_per_epoch`` (of all workers), ``samples``, ``update_factor``, ``device``, ``threads``,
   ``versions``; again when resumed
-- ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``,
-  ``resolution``, ``dropout``, ``large_batch``, ``small_batch``
+- ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``
+  (before warm-up and scaling), ``resolution``, ``dropout``, ``large_batch``, ``small_batch``
 - ``commit``: ``commit`` (global count), ``epochs`` (done so far), ``worker``, ``group``,
-  ``trained_as`` (the group whose round it was), ``epoch``, ``part``, ``begin``,
-  ``end``, ``stage``, ``learning_rate``, ``resolution``, ``dropout``, ``batch``, ``pulled_at``
+  ``trained_as`` (the group whose round it was), ``epoch``, ``part``, ``begin``, ``end``, ``stage``, ``learning_rate`` (as the round began), ``resolution``, ``dropout``,
+  ``batch``, ``pulled_at``
   (commit count of the model it started from), ``samples``, ``steps``, ``loss``, ``accuracy``
   (while training), ``predicted_seconds``, and the seconds of the round
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
