@@ -10,8 +10,9 @@ through a resume). Events by name:
 - ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``
   (before warm-up and scaling), ``resolution``, ``dropout``, ``large_batch``, ``small_batch``
 - ``commit``: ``commit`` (global count), ``epochs`` (done so far), ``worker``, ``group``,
-  ``trained_as`` (the group whose round it was), ``epoch``, ``part``, ``begin``, ``end``, ``stage``, ``learning_rate`` (as the round began), ``resolution``, ``dropout``,
-  ``batch``, ``pulled_at``
+  ``trained_as`` (the group whose round it was), ``epoch``, ``part``, ``begin``, ``end``,
+  ``stage``, ``learning_rate`` (as the round began), ``resolution``, ``dropout``, ``batch``,
+  ``pulled_at``
   (commit count of the model it started from), ``samples``, ``steps``, ``loss``, ``accuracy``
   (while training), ``predicted_seconds``, and the seconds of the round
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
