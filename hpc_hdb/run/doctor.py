@@ -210,7 +210,8 @@ def check_fault_tolerance() -> Finding:
         return Finding(part, "not here", "no mpirun to try it with")
     words = ["mpirun", "--with-ft", "ulfm", "-n", "2"]
     if ask(words, _LOSS, **_ANYWHERE).told == {"left": 1}:
-        return Finding(part, "works", "ULFM: a rank was killed, and another went on")
+        found = "ULFM: a rank was killed, and another went on"
+        return Finding(part, "works", found, "mpirun --with-ft ulfm -n 5 hdb train CONFIG")
     found = "this MPI ends a job with the first rank that is lost; checkpoints are kept"
     return Finding(part, "not here", found, "Open MPI 5 has it: mpirun --with-ft ulfm")
 
