@@ -46,6 +46,14 @@ from hpc_hdb.errors import UserError
 
 Event = dict[str, Any]
 
+TROUBLES = {
+    "lost": "was lost: the others take over its share",
+    "silent": "does not answer",
+    "refused": "ended a round in NaN or infinity: it is done again",
+    "dropped": "is dropped: its rounds keep ending in NaN or infinity",
+}
+"""What events of a worker say of it, in words."""
+
 _NEEDED = {
     "stage": ("commit", "stage", "start_epoch", "end_epoch", "resolution"),
     "commit": ("commit", "worker", "group", "stage", "samples", "loss", "train_seconds"),

@@ -10,6 +10,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from hpc_hdb.report.events import TROUBLES
 from hpc_hdb.report.runs import Run
 from hpc_hdb.report.tables import (
     TextTable,
@@ -87,6 +88,7 @@ def _single(run: Run, plots: Mapping[str, bytes]) -> str:
         + _table(measured_table(run.summary))
         + _table(role_table(run.summary))
         + _table(version_table(run))
+        + _accidents(run)
         + _left_out(run)
         + _settings(run)
     )
@@ -159,6 +161,20 @@ def _images(plots: Mapping[str, bytes]) -> str:
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}"/>\n'
         for name, data in plots.items()
     )
+
+
+def _accidents(run: Run) -> str:
+    """What befell the workers, and when."""
+    happened = [event for event in run.events if event["event"] in TROUBLES]
+    if not happened:
+        return ""
+    items = "".join(
+        f"<li>after {format_seconds(event['time'])}, worker {event['worker']} "
+        f"{escape(TROUBLES[event['event']])}</li>\n"
+        for event in happened
+    )
+    title = format_count(len(happened), "accident")
+    return f"<details>\n<summary>{title}</summary>\n<ul>\n{items}</ul>\n</details>\n"
 
 
 def _left_out(run: Run) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from hpc_hdb.plan import TrainingPlan
-from hpc_hdb.report.events import Event
+from hpc_hdb.report.events import TROUBLES, Event
 from hpc_hdb.report.tables import (
     measured_table,
     plan_lines,
@@ -21,12 +21,6 @@ from hpc_hdb.report.tables import (
     role_table,
 )
 
-_TROUBLES = {
-    "lost": "was lost: the others take over its share",
-    "silent": "does not answer",
-    "refused": "ended a round in NaN or infinity: it is done again",
-    "dropped": "is dropped: its rounds keep ending in NaN or infinity",
-}
 _LINES_BESIDE_BARS = 12
 """Of a terminal's height, kept for what is printed above the bars of the workers."""
 
@@ -128,9 +122,9 @@ class Progress:
         elif name == "plan":
             self._live.update(self._run, total=event["total"])
             self.note(_crew(event, self._epochs))
-        elif name in _TROUBLES:
+        elif name in TROUBLES:
             self._take_away(event["worker"], name)
-            self.note(f"[{event['time']:8.1f} s] worker {event['worker']} {_TROUBLES[name]}")
+            self.note(f"[{event['time']:8.1f} s] worker {event['worker']} {TROUBLES[name]}")
         elif name == "evaluation":
             self._live.update(self._run, note=f"accuracy {event['accuracy']:.2%}")
             self.note(

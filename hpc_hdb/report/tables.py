@@ -115,7 +115,7 @@ def plan_lines(plan: TrainingPlan, servers: int = 1) -> str:
 
 
 def result_lines(summary: dict[str, Any]) -> str:
-    """Accuracy, loss and time, on two lines; a third one where bad images were left out."""
+    """Accuracy, loss and time, on two lines; further ones where workers or images were lost."""
     unended = "" if summary["state"] == "finished" else f" ({summary['state']})"
     text = (
         f"{summary['epochs']:g} epochs in {format_seconds(summary['seconds'])}{unended}, "
@@ -130,6 +130,9 @@ def result_lines(summary: dict[str, Any]) -> str:
         )
     else:
         text += "not evaluated yet"
+    if lost := summary.get("lost_workers"):
+        text += f"\n{format_count(len(lost), 'worker')} of {summary['workers']} lost on the way: "
+        text += ", ".join(map(str, lost))
     if files := summary.get("left_out"):
         text += f"\n{format_count(len(files), 'bad image')} left out: see summary.json"
     return text
