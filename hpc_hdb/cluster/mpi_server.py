@@ -97,8 +97,9 @@ class _MpiSliceLink:
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
         group = self._groups.of_server[self._comm.rank]
+        requests: list[list[MPI.Request]] = []
         try:
-            requests = [self._receive_sum(group, out, part) for part in self.parts]
+            requests += (self._receive_sum(group, out, part) for part in self.parts)
             for of_part, part in zip(requests, self.parts, strict=True):
                 if not wait_until(functools.partial(MPI.Request.Testall, of_part), self.patience):
                     raise ReductionBroken
