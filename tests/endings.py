@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from conftest import command, environment
+
+from hpc_hdb.train.sealed import read_sealed
 
 TRAIN = ["hdb", "train", "mine.toml", "--set", "run.output=out"]
 SIMULATE = ["hdb", "simulate", "mine.toml", "--set", "run.output=out"]
@@ -221,7 +222,7 @@ def assert_whole(folder: Path) -> None:
     """The run folder holds checkpoints, and all of them load."""
     assert checkpoints(folder)
     for path in checkpoints(folder):
-        assert torch.load(path, weights_only=True)["model"].isfinite().all()
+        assert read_sealed(path)["model"].isfinite().all()
 
 
 def sets(*overrides: str) -> list[str]:

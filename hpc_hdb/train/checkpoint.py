@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hpc_hdb.errors import UserError
-from hpc_hdb.train.sealed import DamagedFile, find_damage, read_sealed, write_sealed
+from hpc_hdb.train.sealed import DamagedFile, read_sealed, write_sealed
 
 BEST = "best.pt"
 _NUMBERED = "[0-9]" * 8 + ".pt"
@@ -177,7 +177,8 @@ def save_worker_state(folder: Path, rank: int, commits: int, state: dict, kept: 
         Commits back to which such states are kept (`hpc_hdb.config.Run.states_kept`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_sealed(_worker_file(folder, rank, commits), state, durable=False)
+    path = _worker_file(folder, rank, commits)
+    write_sealed(path, state | {"file": path.name}, durable=False)
     _worker_file(folder, rank, commits - kept).unlink(missing_ok=True)
 
 
@@ -187,9 +188,7 @@ def load_worker_state(folder: Path, rank: int, commits: int, device: torch.devic
     Training then goes on with a fresh optimizer, of which `note_lost_states` tells.
     """
     with contextlib.suppress(FileNotFoundError, DamagedFile):
-        state = read_sealed(_worker_file(folder, rank, commits), device)
-        if isinstance(state, dict) and "optimizer" in state:
-            return state
+        return _load_state(_worker_file(folder, rank, commits), device)
     return None
 
 
@@ -200,7 +199,7 @@ def note_lost_states(
     ranks = [rank for rank, commits in sorted(worker_commits.items()) if commits]
     files = [_worker_file(folder, rank, worker_commits[rank]) for rank in ranks]
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
-        problems = list(pool.map(find_damage, files))
+        problems = list(pool.map(_problem_of_state, files))
     lost = [found for found in zip(ranks, files, problems, strict=True) if found[2]]
     if lost:
         _, path, reason = lost[0]
@@ -228,6 +227,26 @@ def _load(path: Path, signature: str) -> Checkpoint:
             f"{path.parent.parent / 'config.toml'}"
         )
     return checkpoint
+
+
+def _load_state(path: Path, device: torch.device | str) -> dict:
+    state = read_sealed(path, device)
+    if not (isinstance(state, dict) and "optimizer" in state):
+        raise DamagedFile("it is no worker's state")
+    if state.pop("file", None) != path.name:
+        raise DamagedFile("it is that of another worker or commit")
+    return state
+
+
+def _problem_of_state(path: Path) -> str:
+    """Why a worker's state cannot be used; empty if it can."""
+    try:
+        _load_state(path, "cpu")
+    except FileNotFoundError:
+        return "it is missing"
+    except DamagedFile as error:
+        return str(error)
+    return ""
 
 
 def _numbered(folder: Path) -> list[Path]:

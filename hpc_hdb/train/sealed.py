@@ -107,20 +107,6 @@ def read_sealed(path: Path, device: torch.device | str = "cpu") -> Any:
         raise DamagedFile(str(error).split("\n")[0][:120]) from None
 
 
-def find_damage(path: Path) -> str:
-    """What is wrong with a file that `write_sealed` wrote, without loading it; empty if nothing."""
-    try:
-        with _open(path) as file:
-            _verify(file)
-    except FileNotFoundError:
-        return "it is missing"
-    except OSError as error:
-        return error.strerror or str(error)
-    except DamagedFile as error:
-        return str(error)
-    return ""
-
-
 def _open(path: Path) -> IO[bytes]:
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise DamagedFile("it is no file")

@@ -189,10 +189,9 @@ def use_worker_state(real: Real, name: str) -> None:
     folder = Path("out/checkpoint")
     told: list[Any] = []
     note_lost_states(folder, {1: 6, 2: 6}, lambda *damage: told.append(damage))
-    state = load_worker_state(folder, 1, 6, torch.device("cpu"))
-    assert state is None or not told
-    if state is None:
-        raise UserError(f"{told or name}")
+    assert (load_worker_state(folder, 1, 6, torch.device("cpu")) is None) == bool(told)
+    if told:
+        raise UserError(f"{told[0]}")
 
 
 def use_model(real: Real, name: str) -> None:
