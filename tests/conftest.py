@@ -15,6 +15,8 @@ import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BIN = Path(sys.executable).parent
+PROGRAMS = Path(__file__).parent / "programs"
+"""Modules that the tests' models import."""
 
 TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
 """A time model for the digits preset, so that a test's plan does not depend on the machine."""
@@ -29,6 +31,7 @@ def environment() -> dict[str, str]:
     """The environment of a rank: one thread, and an mpirun that works as root on few cores."""
     return os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{PROGRAMS}",
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -42,6 +42,7 @@ commits_per_epoch = 2
 """A run of seconds for `MODELS`; further sections go on from here."""
 
 MODELS = """
+import quick
 from torch import nn
 
 class Net(nn.Module):

@@ -75,7 +75,7 @@ def stage(number: int, time: float, commit: int, resolution: int) -> dict[str, A
 
 def commit(number: int, time: float, worker: int, train: float, **values: Any) -> dict[str, Any]:
     return {
-        "event": "commit", "time": time, "commit": number, "worker": worker,
+        "event": "commit", "time": time, "commit": number, "epochs": number / 4, "worker": worker,
         "group": "large" if worker == 1 else "small", "epoch": 0, "part": 0, "stage": 0,
         "resolution": 16, "batch": 64 if worker == 1 else 16, "samples": 100, "loss": 1.0,
         "predicted_seconds": 1.0, "train_seconds": train, "data_seconds": 0.0,

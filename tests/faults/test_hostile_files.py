@@ -342,7 +342,16 @@ def test_no_change_of_a_sealed_file_goes_unnoticed(
     others = [bytes_ for other, bytes_ in real.files.items() if other != name]
     changed = data.draw(damaged(original, others))
     told = examine(SEALED[name], real, name, changed)
-    assert (told is None) == (changed == original), told
+    same = changed == original or (name.endswith(".json") and _means_the_same(changed, original))
+    assert (told is None) == same, told
+
+
+def _means_the_same(one: bytes, other: bytes) -> bool:
+    """Whether two texts in JSON differ in white space alone."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except (ValueError, RecursionError):
+        return False
 
 
 @pytest.mark.parametrize("name", ["mine.toml", "out/config.toml", "site.toml", "timing.json"])
