@@ -92,6 +92,7 @@ def time_model(rows: list[Table], folder: Path) -> Path:
         schedules = [row["schedule"] for row in rows]
         sides = sorted({side for schedule in schedules for side in schedule["resolutions"]})
         every = {"resolutions": sides, "dropout": [0.0] * len(sides), "large_batch": []}
+        every |= {"cyclic": True, "milestones": []}
         configuration = folder / "profile.toml"
         settings = parse_settings(merged(rows[0], {"schedule": every}), "profile")
         configuration.write_text(settings.to_toml(), encoding="utf-8")
