@@ -27,11 +27,12 @@ hypothesis.settings.register_profile("soak", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """The environment of a rank: one thread, and an mpirun that works as root on few cores."""
-    return os.environ | {
+    modules = [more.pop("PYTHONPATH", os.environ.get("PYTHONPATH", "")), str(PROGRAMS)]
+    base = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{PROGRAMS}",
+        "PYTHONPATH": os.pathsep.join(filter(None, modules)),
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -39,6 +40,7 @@ def environment() -> dict[str, str]:
         "COLUMNS": "100",
         "PYTHONDONTWRITEBYTECODE": "1",  # tests compare what a run leaves in a folder
     }
+    return os.environ | base | more
 
 
 def command(arguments: Sequence[str | Path], ranks: int = 0) -> list[str]:
@@ -60,7 +62,7 @@ def run(
     """Run a command to its end; its output is text."""
     return subprocess.run(
         command(arguments, ranks),
-        env=environment() | env,
+        env=environment(**env),
         cwd=cwd,
         capture_output=True,
         text=True,

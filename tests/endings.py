@@ -93,7 +93,7 @@ class Job:
         self._err = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command(arguments, ranks),
-            env=environment() | env | {name: value},
+            env=environment(**env) | {name: value},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=self._out,
