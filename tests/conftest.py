@@ -22,7 +22,9 @@ TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
 """A time model for the digits preset, so that a test's plan does not depend on the machine."""
 
 # HYPOTHESIS_PROFILE=soak tries each property as often as it takes to find what is rare.
-hypothesis.settings.register_profile("suite", max_examples=100, deadline=None)
+hypothesis.settings.register_profile(
+    "suite", max_examples=50, deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.register_profile("soak", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 

@@ -322,7 +322,7 @@ def test_a_disk_without_room_for_a_run_is_refused(here: Path, disk: Callable[[st
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("kilobytes", [1, 200], ids=["events", "checkpoints"])
+@pytest.mark.parametrize("kilobytes", [2, 200], ids=["events", "checkpoints"])
 def test_a_file_that_may_not_grow_is_told(here: Path, kilobytes: int) -> None:
     words = " ".join([*SIMULATE, *BIG])
     done = run("bash", "-c", f"ulimit -f {kilobytes}; exec {words}", cwd=here)

@@ -109,6 +109,12 @@ class Crew:
             members.discard(worker)
         return self._orders.get(worker)
 
+    def expect(self, workers: set[int], now: float) -> None:
+        """These are to answer, from now on."""
+        self.owing = set(workers)
+        for worker in workers:
+            self._heard[worker] = now
+
     def excuse(self, seconds: float) -> None:
         """For so long nobody listened to any worker."""
         for worker in self._heard:

@@ -279,7 +279,7 @@ class ParameterServer:
         return Order(kind, index=self._asked, regroup=self._regroup)
 
     async def _all_answer(self) -> None:
-        self._crew.owing = self._crew.waiting - self._answered
+        self._crew.expect(self._crew.waiting - self._answered, self._link.now())
         while self._crew.waiting - self._answered:
             await self._next_report()
 

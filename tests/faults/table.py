@@ -90,7 +90,7 @@ def _survived(mode: str) -> dict[str, Scenario]:
         "hangs": Scenario(
             4,
             (
-                Accident(3, "stop", f"{pushing}:2" if mode != "bsp" else "reduce:2", "lost"),
+                Accident(3, "stop", "reduce:2" if mode == "bsp" else f"{pushing}:2", "lost"),
                 Accident(2, "stop", "round:5", "lost"),
             ),
             drop,
