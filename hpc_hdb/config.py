@@ -178,6 +178,11 @@ class Server(Section):
         return self.sync in ("bsp", "allreduce")
 
     @property
+    def patience(self) -> float:
+        """Seconds without a word after which a rank is given up; never where it is reported."""
+        return self.silent_seconds if self.silent_worker == "drop" else float("inf")
+
+    @property
     def server_ranks(self) -> int:
         """Ranks that serve instead of training."""
         return 0 if self.sync == "allreduce" else self.servers

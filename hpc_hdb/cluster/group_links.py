@@ -22,8 +22,6 @@ class LeaderLink:
     group : RankGroup
     """
 
-    patience = float("inf")
-
     def __init__(self, link: WorkerLink, group: RankGroup) -> None:
         self.rank = link.rank
         self.wait_seconds = 0.0
@@ -70,8 +68,6 @@ class MemberLink:
     evaluate : callable, optional
         Called on the leader's order to take part in an evaluation.
     """
-
-    patience = float("inf")
 
     def __init__(self, group: RankGroup, evaluate: Callable[[], object] | None = None) -> None:
         self.rank = 0

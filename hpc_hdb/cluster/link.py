@@ -38,8 +38,6 @@ class WorkerLink(Protocol):
     """Seconds spent waiting for the server or other workers; the caller may reset it."""
     communicate_seconds: float
     """Seconds spent moving models; the caller may reset it."""
-    patience: float
-    """Seconds after which a reduction is given up in which some rank hangs; may be set."""
 
     async def elapse(self, predicted: float, measured: float) -> float:
         """Let the time of local work pass; returns the seconds that count.

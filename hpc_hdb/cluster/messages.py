@@ -130,8 +130,6 @@ class InstructionKind(enum.IntEnum):
     """Send the current version to `worker`."""
     DROP = 3
     """Receive the commit of `worker`, and forget it."""
-    MUSTER = 5
-    """Answer, before those that are left form new groups; another order follows."""
     REDUCE = 4
     """Reduce all workers' commits to a new version, and send it to all of them."""
     COLLECT = 5

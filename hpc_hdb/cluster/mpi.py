@@ -203,13 +203,17 @@ class MpiWorkerLink:
         Servers and workers; not freed here. Every rank of it makes its end at the same time.
     servers : int
         The first ranks of `comm`.
+    patience : float
+        Seconds after which a reduction is given up in which some rank hangs.
     """
 
-    def __init__(self, comm: MPI.Intracomm, servers: int = 1) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, servers: int = 1, patience: float = float("inf")
+    ) -> None:
         self.rank = comm.rank - servers + 1
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
-        self.patience = float("inf")
+        self._patience = patience
         self._comm = comm
         self._servers = servers
         self._groups = Groups.split(comm, servers)
@@ -295,7 +299,7 @@ class MpiWorkerLink:
                     return False
                 self._groups = groups
             scaled = contribution.scaled(order.weight)
-            with self._groups.watched(self.patience):
+            with self._groups.watched(self._patience):
                 self._reduce_within(self._groups, scaled, contribution.model)
         except MPI.Exception as error:
             if not is_failure(error):

@@ -93,8 +93,6 @@ class VirtualCluster(Clock):
 class VirtualWorkerLink:
     """A worker's end of the link; see `hpc_hdb.cluster.link.WorkerLink`."""
 
-    patience = float("inf")
-
     def __init__(self, cluster: Cluster, number: int, slowness: float) -> None:
         self.rank = number
         self.wait_seconds = 0.0

@@ -233,9 +233,7 @@ def _worker(
         comm.Reduce(np.array(seconds), None, MPI.SUM, SERVER)
     link: WorkerLink
     if group is None:
-        link = MpiWorkerLink(split.links, servers)
-        if settings.server.silent_worker == "drop":
-            link.patience = settings.server.silent_seconds
+        link = MpiWorkerLink(split.links, servers, settings.server.patience)
     elif split.leads:
         link = LeaderLink(MpiWorkerLink(split.links, servers), group)
     else:

@@ -84,8 +84,7 @@ class ParameterServer:
         inline: bool = False,
     ) -> None:
         self._link = link
-        if settings.server.silent_worker == "drop":
-            link.patience = settings.server.silent_seconds
+        link.patience = settings.server.patience
         self._settings = settings
         self._emit = emit
         self._signal_number = signal_number
