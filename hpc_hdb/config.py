@@ -164,7 +164,8 @@ class Server(Section):
     ranks_per_worker: Positive = 1
     """Ranks (one GPU each) that share each batch of a worker; more than 1 needs Horovod."""
     adaptive: bool = False
-    """BSP: shares follow the workers' measured speeds, so that a slow one keeps none waiting."""
+    """BSP and SSP: shares follow the workers' measured speeds, so that a slow one keeps none
+    waiting; in ASP the fast ones take more rounds anyway."""
     refusals: Positive = 3
     """Rounds in a row that may end in NaN or infinity before a worker is dropped."""
     silent_seconds: Annotated[float, Field(gt=0)] = 120.0
@@ -176,6 +177,11 @@ class Server(Section):
     def synchronous(self) -> bool:
         """Whether a round ends for all workers at once."""
         return self.sync in ("bsp", "allreduce")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether shares follow the workers' speeds."""
+        return self.adaptive and self.sync != "asp"
 
     @property
     def patience(self) -> float:

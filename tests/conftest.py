@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,8 +32,20 @@ hypothesis.settings.register_profile("soak", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
+@functools.cache
+def scratch() -> str:
+    """A folder for temporary files, removed at the end."""
+    folder = tempfile.mkdtemp(prefix="hdb-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a rank: one thread, and an mpirun that works as root on few cores."""
+    """The environment of a rank: one thread, and an mpirun that works as root on few cores.
+
+    Each has a TMPDIR of its own: what an mpirun leaves there that was killed keeps a later one
+    with the same process number from starting.
+    """
     modules = [more.pop("PYTHONPATH", os.environ.get("PYTHONPATH", "")), str(PROGRAMS)]
     base = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -40,6 +55,7 @@ def environment(**more: str) -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "COLUMNS": "100",
+        "TMPDIR": tempfile.mkdtemp(dir=scratch()),
         "PYTHONDONTWRITEBYTECODE": "1",  # tests compare what a run leaves in a folder
     }
     return os.environ | base | more

@@ -35,9 +35,10 @@ def tolerates_failures() -> bool:
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "0") in ("1", "true")  # noqa: SIM112
 
 
-def is_failure(error: MPI.Exception) -> bool:
-    """Whether an error says that a rank has died, or that others have noticed it."""
-    return tolerates_failures() and error.Get_error_class() in _FAILURES
+def raise_unless_failure(error: MPI.Exception) -> None:
+    """Raise an error again, unless it says that a rank has died or that others have noticed it."""
+    if not tolerates_failures() or error.Get_error_class() not in _FAILURES:
+        raise error
 
 
 def failed_ranks(comm: MPI.Comm) -> set[int]:
@@ -55,8 +56,7 @@ def completed(request: MPI.Request) -> bool:
     try:
         return request.Test()
     except MPI.Exception as error:
-        if not is_failure(error):
-            raise
+        raise_unless_failure(error)
         return True
 
 

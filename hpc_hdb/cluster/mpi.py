@@ -30,7 +30,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from hpc_hdb.cluster.failures import Addresses, is_failure
+from hpc_hdb.cluster.failures import Addresses, raise_unless_failure
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
@@ -117,19 +117,16 @@ class Groups:
         try:
             survivors = MPI.Intracomm(comm.Shrink())
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             return None
         try:
             groups = cls.split(survivors, servers=1)
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
         try:
             agreed = survivors.Agree(int(groups is not None))
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             agreed = 0
         return groups if agreed else None
 
@@ -302,8 +299,7 @@ class MpiWorkerLink:
             with self._groups.watched(self._patience):
                 self._reduce_within(self._groups, scaled, contribution.model)
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             self._groups.revoke()
             return False
         return True

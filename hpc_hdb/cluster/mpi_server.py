@@ -18,7 +18,7 @@ from hpc_hdb.cluster.failures import (
     Addresses,
     completed,
     failed_ranks,
-    is_failure,
+    raise_unless_failure,
     tolerates_failures,
 )
 from hpc_hdb.cluster.link import ReductionBroken, WorkerLost
@@ -86,8 +86,7 @@ class _MpiSliceLink:
                 requests.popleft()
                 yield part
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             for request in requests:  # they write into `out`
                 wait_until(functools.partial(completed, request))
             raise WorkerLost(worker) from None
@@ -105,8 +104,8 @@ class _MpiSliceLink:
                     raise ReductionBroken
                 yield part
         except (MPI.Exception, ReductionBroken) as error:
-            if isinstance(error, MPI.Exception) and not is_failure(error):
-                raise
+            if isinstance(error, MPI.Exception):
+                raise_unless_failure(error)
             self._groups.revoke()
             for request in (request for of_part in requests for request in of_part):
                 wait_until(functools.partial(completed, request))
@@ -117,8 +116,7 @@ class _MpiSliceLink:
             with self._groups.watched(self.patience):
                 self._groups.of_server[self._comm.rank].Bcast(model[part], SERVER)
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             self._groups.revoke()  # shows in what comes next
 
     def fence(self, worker: int) -> None:
@@ -130,8 +128,7 @@ class _MpiSliceLink:
         try:
             arrived = MPI.Request.Testsome([item.request for item in self._sending]) or ()
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             self._sending = [item for item in self._sending if not completed(item.request)]
         else:
             for number in sorted(arrived, reverse=True):
@@ -164,8 +161,7 @@ class _MpiSliceLink:
         try:
             request = self._comm.Isend(message, rank, tag)
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
         else:
             self._sending.append(_Sending(request, data))
 
@@ -229,8 +225,7 @@ class MpiServerLink(_MpiSliceLink):
         try:
             self._arrived, done = MPI.Request.Testany(self._requests)
         except MPI.Exception as error:
-            if not is_failure(error):
-                raise
+            raise_unless_failure(error)
             self._note_lost()
             return bool(self._lost)
         return done and self._arrived != MPI.UNDEFINED

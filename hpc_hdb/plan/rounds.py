@@ -182,11 +182,6 @@ class RoundBook:
         """Whether no round is under way."""
         return not self._open
 
-    @property
-    def between_epochs(self) -> bool:
-        """Whether all epochs that have begun are done."""
-        return max(map(self._first_untouched_epoch, Group)) == self.epoch
-
     def under_way(self, group: Group, index: int) -> bool:
         """Whether that round was handed out and is neither committed nor given back."""
         return (group, index) in self._open
@@ -215,8 +210,8 @@ class RoundBook:
     def recut(self, plan: DualBatchPlan, slowness: Sequence[float] = ()) -> int:
         """Cut the epochs of which no round has been handed out by another plan.
 
-        Those under way keep their cut: what is left of them goes to whoever is free, of either
-        group.
+        Those under way keep their cut: where the groups are no longer the same, what is left of
+        them goes to whoever is free, of either group.
 
         Parameters
         ----------
@@ -232,12 +227,14 @@ class RoundBook:
         start = max(map(self._first_untouched_epoch, Group))
         while len(self.cuts) > 1 and self.cuts[-1].start_epoch >= start:
             self.cuts.pop()
-        self._shared_until = start
+        last = self.cuts[-1]
+        if (plan.large_workers, plan.small_workers) != (last.large_workers, last.small_workers):
+            self._shared_until = start
         if start < self._epochs:
             self._add_cut(start, plan, slowness)
         return start
 
-    def hand_out(self, group: Group) -> Round | None:
+    def hand_out(self, group: Group, slot: int | None = None) -> Round | None:
         """The next round for a worker of `group`, or None when all rounds are handed out.
 
         It is one of the group's own, unless the group is more than an epoch ahead of the other
@@ -245,17 +242,28 @@ class RoundBook:
         committed with its factor. So unforeseen differences in speed neither pull the groups
         apart nor leave workers idle at the end. What is left of the epochs that were under way
         at a `recut` belongs to both groups alike.
+
+        Parameters
+        ----------
+        group : Group
+        slot : int, optional
+            The worker's own in its group: it gets the next round of that slot, while there is
+            one.
         """
         other = Group.SMALL if group is Group.LARGE else Group.LARGE
         if self._must_help(group, other):
-            group = other
+            group, slot = other, None
         index = self._next(group)
         if index is None:
             return None
-        if self._returned[group]:
-            self._returned[group].pop(0)
+        if slot is not None:
+            index = self._next_of_slot(group, slot, index)
+        left = self._returned[group]
+        if index in left:
+            left.remove(index)
         else:
-            self._handed_out[group] += 1
+            left.extend(range(self._handed_out[group], index))
+            self._handed_out[group] = index + 1
         self._open.add((group, index))
         return self.round(group, index)
 
@@ -330,6 +338,14 @@ class RoundBook:
             return self._returned[group][0]
         index, last = self._handed_out[group], self.cuts[-1]
         return index if index < self._first_round(last, group, self._epochs) else None
+
+    def _next_of_slot(self, group: Group, slot: int, otherwise: int) -> int:
+        """Index of the next round of that slot, within as many as the group has slots."""
+        begin = self._handed_out[group]
+        size = self.cuts[self.cut_of(group, begin)].size(group)
+        end = min(begin + size, self._first_round(self.cuts[-1], group, self._epochs))
+        candidates = [*self._returned[group], *range(begin, end)]
+        return next((i for i in candidates if self.round(group, i).slot == slot), otherwise)
 
     def _first_untouched_epoch(self, group: Group) -> int:
         """The first epoch of which no round of `group` has been handed out."""

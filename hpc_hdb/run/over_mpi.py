@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hpc_hdb.cluster.failures import completed, failed_ranks, is_failure
+from hpc_hdb.cluster.failures import completed, failed_ranks, raise_unless_failure
 from hpc_hdb.cluster.group_links import LeaderLink, MemberLink
 from hpc_hdb.cluster.groups import RankGroup, split_workers
 from hpc_hdb.cluster.link import WorkerLink, complete
@@ -81,8 +81,7 @@ def train_over_mpi(
             )
         return _follower_or_worker(comm)
     except MPI.Exception as error:
-        if not is_failure(error):
-            raise
+        raise_unless_failure(error)
         raise UserError(_lost_rank(comm, failed_ranks(comm))) from None
 
 
@@ -185,8 +184,7 @@ def _follower_or_worker(comm: MPI.Intracomm) -> int:
             _worker(comm, settings, place, sizes, Path(job["folder"]))
         return _hear_status(comm)
     except MPI.Exception as error:
-        if not is_failure(error):
-            raise
+        raise_unless_failure(error)
         lost = _lost_rank(comm, failed_ranks(comm))
         raise UserError(f"{lost}: go on with hdb train --resume {job['folder']}") from None
 

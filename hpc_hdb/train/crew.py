@@ -66,6 +66,10 @@ class Crew:
         """Active ones of the small-batch group."""
         return sum(self._groups[worker] is Group.SMALL for worker in self.active)
 
+    def slot(self, worker: int) -> int:
+        """The worker's position among the active ones of its group."""
+        return sum(self._groups[w] is self._groups[worker] for w in self.active if w < worker)
+
     def order_of(self, worker: int) -> Order:
         """The order that the worker was given last."""
         return self._orders[worker]

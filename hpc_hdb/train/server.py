@@ -107,6 +107,7 @@ class ParameterServer:
         self._regroup = False
         self._asked = 0
         self._slowness = [1.0] * workers
+        self._adapt_at = 1
         self._checkpoints = checkpoints
         self._snapshots = Snapshots(
             self._model,
@@ -139,6 +140,7 @@ class ParameterServer:
         self._work.restore(checkpoint.rounds)
         self._crew.commits.update(checkpoint.worker_commits)
         self._snapshots.resume(checkpoint, evaluated, best_accuracy)
+        self._slowness, self._adapt_at = [], int(self._book.epoch) + 1
         if self._book.cuts[-1].workers != len(self._crew.active):
             self._replan()
 
@@ -193,6 +195,7 @@ class ParameterServer:
             worker, report = await self._next_report()
             if report.kind == ReportKind.COMMIT:
                 await self._take_commit(worker, report)
+                self._adapt()
             await self._after_commits()
             await self._send_rounds()
 
@@ -253,9 +256,10 @@ class ParameterServer:
             await self._all_answer()
 
     def _adapt(self) -> None:
-        """Between epochs, let the shares follow the workers' speeds where these have changed."""
-        if not self._settings.server.adaptive or not self._book.between_epochs:
+        """Once an epoch, let the shares follow the workers' speeds where these have changed."""
+        if not self._settings.server.adapts or self._book.epoch < self._adapt_at:
             return
+        self._adapt_at = int(self._book.epoch) + 1
         slowness = self._crew.slowness
         changes = [new / old for new, old in zip(slowness, self._slowness, strict=False)]
         if len(slowness) == len(self._slowness) and max(changes) < _CHANGE * min(changes):
@@ -319,7 +323,8 @@ class ParameterServer:
 
     def _send_next_order(self, worker: int) -> bool:
         """Order a worker that waits to train its next round; whether there is one."""
-        order = self._work.next_order(self._crew.group(worker), self._crew.commits[worker])
+        crew = self._crew
+        order = self._work.next_order(crew.group(worker), crew.slot(worker), crew.commits[worker])
         if order is None:
             return False
         self._send_order(worker, order)

@@ -62,15 +62,17 @@ class Work:
         about = {k: v for k, v in plan.to_dict().items() if k not in ("timing", "samples")}
         return {"commit": self.book.commits, "from_epoch": epoch, "total": self.book.total} | about
 
-    def next_order(self, group: Group, worker_commits: int) -> Order | None:
+    def next_order(self, group: Group, slot: int, worker_commits: int) -> Order | None:
         """The next round for a worker of `group`; None while all rounds are handed out.
 
         Parameters
         ----------
+        slot : int
+            The worker's position in its group; its own are the rounds cut for its speed.
         worker_commits : int
             The worker's own commits so far.
         """
-        work = self.book.hand_out(group)
+        work = self.book.hand_out(group, slot if self._settings.server.adapts else None)
         if work is None:
             return None
         self._stage = number = self.book.stage
@@ -149,7 +151,7 @@ class Work:
         """Model update factor with which a round is committed."""
         group = trained_as(order)
         shares = self._plan_of(group, order.index).shares
-        if not self._settings.server.adaptive:
+        if not self._settings.server.adapts:
             return shares.factor(group)
         return (
             self._settings.server.commits_per_epoch
