@@ -173,6 +173,9 @@ class Server(Section):
     silent_worker: Literal["report", "drop"] = "report"
     """"drop" also ends it, and lets the others take over its share (with fault tolerance)."""
 
+    replacements: Annotated[int, Field(ge=0)] = 0
+    """Processes started in place of workers that have died, at most (with fault tolerance)."""
+
     @property
     def synchronous(self) -> bool:
         """Whether a round ends for all workers at once."""

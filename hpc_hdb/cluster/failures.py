@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import subprocess
+from typing import NamedTuple
 
 from mpi4py import MPI
 
@@ -26,8 +27,8 @@ _FAILURES = {
     )
     if hasattr(MPI, name)
 }
-_ADDRESS = struct.Struct("<q64s")
-"""Process number and host name of a rank."""
+_CORES = 1024
+_ADDRESS = struct.Struct(f"<q64s{_CORES // 8}s")
 
 
 def tolerates_failures() -> bool:
@@ -60,6 +61,27 @@ def completed(request: MPI.Request) -> bool:
         return True
 
 
+class Address(NamedTuple):
+    """Where a rank runs."""
+
+    process: int
+    host: str
+    cores: frozenset[int]
+    """Those it may use; of the first 1,024."""
+
+    def pack(self) -> bytes:
+        mask = sum(1 << core for core in self.cores if core < _CORES)
+        return _ADDRESS.pack(
+            self.process, self.host.encode()[:64], mask.to_bytes(_CORES // 8, "little")
+        )
+
+    @classmethod
+    def unpack(cls, process: int, host: bytes, mask: bytes) -> Address:
+        bits = int.from_bytes(mask, "little")
+        cores = frozenset(core for core in range(_CORES) if bits >> core & 1)
+        return cls(process, host.rstrip(b"\0").decode(), cores)
+
+
 class Addresses:
     """Where the ranks of a communicator run; all of them make it at once.
 
@@ -69,17 +91,15 @@ class Addresses:
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
-        own = bytearray(_ADDRESS.pack(os.getpid(), socket.gethostname().encode()[:64]))
+        here = Address(os.getpid(), socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+        own = bytearray(here.pack())
         everyone = bytearray(len(own) * comm.size)
         comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
-        self._of_rank = [
-            (number, host.rstrip(b"\0").decode()) for number, host in _ADDRESS.iter_unpack(everyone)
-        ]
+        self.of_rank = [Address.unpack(*fields) for fields in _ADDRESS.iter_unpack(everyone)]
 
     def describe(self, rank: int) -> str:
         """Such as ``process 4711 on node7``."""
-        number, host = self._of_rank[rank]
-        return f"process {number} on {host}"
+        return f"process {self.of_rank[rank].process} on {self.of_rank[rank].host}"
 
     def kill(self, rank: int) -> bool:
         """End that rank, whatever state it is in; False if it is no longer there.
@@ -89,7 +109,7 @@ class Addresses:
         UserError
             If it runs on another node and there is no ``srun`` to reach it.
         """
-        number, host = self._of_rank[rank]
+        number, host, _ = self.of_rank[rank]
         if host == socket.gethostname():
             try:
                 os.kill(number, signal.SIGKILL)

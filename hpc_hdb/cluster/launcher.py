@@ -67,15 +67,15 @@ def leave(error: BaseException) -> NoReturn:
     A UserError is printed as one line, what nobody foresaw as a traceback. The same error often
     strikes many ranks at once: one of them speaks for all.
     """
-    status = _exit_status(error)
+    status = exit_status(error)
     world = _running_world()
     if world is None:
         if _speaks_without_mpi():
-            _describe(error)
+            describe(error)
         sys.exit(status)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher may end this rank at once
     if _speaks_for_all(world):
-        _describe(error)
+        describe(error)
         time.sleep(_FORWARD_SECONDS)  # lets the launcher pass the line on before it ends the job
     else:
         time.sleep(_PATIENCE)  # the one that speaks ends this rank too
@@ -85,7 +85,8 @@ def leave(error: BaseException) -> NoReturn:
     sys.exit(status)
 
 
-def _exit_status(error: BaseException) -> int:
+def exit_status(error: BaseException) -> int:
+    """With which a process ends because of `error`."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
@@ -159,7 +160,8 @@ def _lost(world: MPI.Intracomm) -> set[int]:
     return failed_ranks(world)
 
 
-def _describe(error: BaseException) -> None:
+def describe(error: BaseException) -> None:
+    """Tell the user of it: a UserError in one line, what nobody foresaw as a traceback."""
     if sys.stderr is None or isinstance(error, KeyboardInterrupt | SystemExit):
         return
     try:

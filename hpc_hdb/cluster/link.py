@@ -148,8 +148,21 @@ class ServerLink(SliceLink, Protocol):
         """
         ...
 
-    def regroup(self) -> bool:
-        """Do what a REDUCE order with `regroup` asks of the workers; whether it is done."""
+    def regroup(self, newcomers: Sequence[int] = ()) -> bool:
+        """Do what a REDUCE order with `regroup` asks of the workers; whether it is done.
+
+        Parameters
+        ----------
+        newcomers : sequence of int
+            Workers that take part for the first time since `replace`.
+        """
+        ...
+
+    def replace(self, worker: int) -> bool:
+        """Start another process in place of a worker that has died; whether that could be done.
+
+        It joins as any worker does.
+        """
         ...
 
     def fence(self, worker: int) -> None:

@@ -93,7 +93,8 @@ class Order(_Record):
     `begin` and `end` are positions in the epoch's permutation, `commits` the global commit
     count of the model that comes with the order, `worker_commits` the worker's own.
     `weight` is the factor by which the worker scales its model in a reduction (BSP); with
-    `regroup` those that take part form their group anew, without ranks that were lost.
+    `regroup` those that take part form their group anew, without ranks that were lost and with
+    `newcomers`, replacements of lost workers; such a one has its `position` among them, others -1.
     `learning_rate` holds at the start of the round and has grown by `rate_change` at its end.
     `next_resolution` and `next_batch` are what the round after this one will probably want.
     """
@@ -114,6 +115,8 @@ class Order(_Record):
     commits: int = 0
     worker_commits: int = 0
     regroup: int = 0
+    newcomers: int = 0
+    position: int = -1
     learning_rate: float = 0.0
     rate_change: float = 0.0
     dropout: float = 0.0

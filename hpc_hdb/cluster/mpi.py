@@ -23,7 +23,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
 from hpc_hdb.errors import UserError
 
-REPORT, MODEL, ORDER, MERGED, INTERRUPT, INSTRUCTION, SLICE = range(1, 8)
+REPORT, MODEL, ORDER, MERGED, INTERRUPT, INSTRUCTION, SLICE, _PORT = range(1, 9)
 """Tags of the messages."""
 
 _LAUNCHER = os.getppid()
@@ -88,12 +88,15 @@ class Groups:
 
     Attributes
     ----------
+    everyone : MPI.Intracomm
+        Servers and workers.
     workers : MPI.Comm
         All workers.
     of_server : list of MPI.Comm
         Each server with all workers, it first.
     """
 
+    everyone: MPI.Intracomm
     workers: MPI.Comm
     of_server: list[MPI.Comm]
 
@@ -105,22 +108,27 @@ class Groups:
         def group(ranks: set[int]) -> MPI.Comm:
             return comm.Split(0 if comm.rank in ranks else MPI.UNDEFINED)
 
-        return cls(group(workers), [group({server} | workers) for server in range(servers)])
+        return cls(comm, group(workers), [group({server} | workers) for server in range(servers)])
 
-    @classmethod
-    def of_survivors(cls, comm: MPI.Intracomm) -> Groups | None:
-        """Those of the ranks of `comm` that are left (one server); None if one died meanwhile.
+    def of_survivors(self, bridges: Sequence[MPI.Intracomm]) -> Groups | None:
+        """Those of the ranks that are left (one server); None if one died meanwhile.
 
         Every rank that is left calls this at once, and all get groups or none does.
+
+        Parameters
+        ----------
+        bridges : sequence of MPI.Intracomm
+            One for each newcomer that is to take part as well, which calls `of_newcomer`: between
+            the server and it. At a worker they may be any.
         """
         groups = None
         try:
-            survivors = MPI.Intracomm(comm.Shrink())
+            survivors = MPI.Intracomm(self.everyone.Shrink())
         except MPI.Exception as error:
             raise_unless_failure(error)
             return None
         try:
-            groups = cls.split(survivors, servers=1)
+            groups = self.split(_admit(survivors, bridges), servers=1)
         except MPI.Exception as error:
             raise_unless_failure(error)
         try:
@@ -128,7 +136,21 @@ class Groups:
         except MPI.Exception as error:
             raise_unless_failure(error)
             agreed = 0
+        if groups is not None and not agreed:
+            groups.revoke()  # newcomers have not heard
         return groups if agreed else None
+
+    @classmethod
+    def of_newcomer(cls, bridge: MPI.Intracomm, following: int) -> Groups | None:
+        """What `of_survivors` gives the others; `following` newcomers come after this one."""
+        try:
+            port = bytearray(MPI.MAX_PORT_NAME)
+            bridge.Recv([port, MPI.BYTE], SERVER, _PORT)
+            comm = MPI.COMM_SELF.Connect(port.rstrip(b"\0").decode()).Merge(high=True)
+            return cls.split(_admit(comm, [bridge] * following), servers=1)
+        except MPI.Exception as error:
+            raise_unless_failure(error)
+            return None
 
     @contextlib.contextmanager
     def watched(self, patience: float) -> Iterator[None]:
@@ -156,6 +178,20 @@ class Groups:
         for group in (self.workers, *self.of_server):
             if group != MPI.COMM_NULL:
                 group.Free()
+
+
+def _admit(comm: MPI.Intracomm, bridges: Sequence[MPI.Intracomm]) -> MPI.Intracomm:
+    """A communicator with one rank more for each bridge, which all of `comm` make at once."""
+    for bridge in bridges:
+        port = ""
+        if comm.rank == SERVER:
+            port = MPI.Open_port()
+            bridge.Send([port.encode().ljust(MPI.MAX_PORT_NAME, b"\0"), MPI.BYTE], 1, _PORT)
+        # Not Create_intercomm: after a loss, Open MPI 5.0.11 hands out broken communicators there.
+        comm = comm.Accept(port, root=SERVER).Merge(high=False)
+        if port:
+            MPI.Close_port(port)
+    return comm
 
 
 class _Contribution:
@@ -202,19 +238,29 @@ class MpiWorkerLink:
         The first ranks of `comm`.
     patience : float
         Seconds after which a reduction is given up in which some rank hangs.
+    replaces : int
+        Number of the worker, if it takes the place of one that has died: then `comm` holds the
+        server and this rank.
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, servers: int = 1, patience: float = float("inf")
+        self,
+        comm: MPI.Intracomm,
+        servers: int = 1,
+        patience: float = float("inf"),
+        replaces: int = 0,
     ) -> None:
-        self.rank = comm.rank - servers + 1
+        self.rank = replaces or comm.rank - servers + 1
         self.wait_seconds = 0.0
         self.communicate_seconds = 0.0
         self._patience = patience
         self._comm = comm
         self._servers = servers
-        self._groups = Groups.split(comm, servers)
-        Addresses(comm)  # the root's is of use
+        # One that comes later forms groups with the others in its first reduction.
+        later = Groups(comm, MPI.COMM_NULL, [])
+        self._groups = later if replaces else Groups.split(comm, servers)
+        if not replaces:
+            Addresses(comm)  # the root's is of use
         self._contribution = _Contribution()
         self._order = bytearray(Order.layout.size)
         self._order_request = comm.Recv_init([self._order, MPI.BYTE], SERVER, ORDER)
@@ -291,7 +337,7 @@ class MpiWorkerLink:
         contribution = self._contribution
         try:
             if order.regroup:
-                groups = Groups.of_survivors(self._comm)
+                groups = self._regrouped(order)
                 if groups is None:
                     return False
                 self._groups = groups
@@ -303,6 +349,11 @@ class MpiWorkerLink:
             self._groups.revoke()
             return False
         return True
+
+    def _regrouped(self, order: Order) -> Groups | None:
+        if order.position >= 0:
+            return Groups.of_newcomer(self._comm, order.newcomers - order.position - 1)
+        return self._groups.of_survivors([self._comm] * order.newcomers)
 
     def _reduce_within(self, groups: Groups, scaled: Tensor, out: Tensor) -> None:
         """Add up the scaled models of all workers in `out`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ class _Sending:
     data: Tensor | bytearray
 
 
+class _Place(NamedTuple):
+    """Where a worker is reached."""
+
+    comm: MPI.Intracomm
+    rank: int
+    addresses: Addresses
+
+
 class _MpiSliceLink:
     """What all servers' ends share; see `hpc_hdb.cluster.link.SliceLink`."""
 
@@ -65,6 +73,10 @@ class _MpiSliceLink:
         self._comm = comm
         self._groups = Groups.split(comm, servers)
         self._addresses = Addresses(comm)
+        self._places = {
+            worker: _Place(comm, worker + servers - 1, self._addresses)
+            for worker in range(1, self.workers + 1)
+        }
         self._sending: list[_Sending] = []
         self._size = self._begin = 0
 
@@ -73,12 +85,12 @@ class _MpiSliceLink:
         return self._begin
 
     async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
-        rank = self._rank(worker)
+        place = self._places[worker]
         requests: deque[MPI.Request] = deque()
         try:
             for number, part in enumerate(self.parts):
                 for ahead in self.parts[number + len(requests) : number + _AHEAD]:
-                    requests.append(self._comm.Irecv(out[ahead], rank, MODEL))
+                    requests.append(place.comm.Irecv(out[ahead], place.rank, MODEL))
                 if not wait_until(requests[0].Test, self.patience):
                     self.fence(worker)
                     if not wait_until(requests[0].Test, _DEATH_SECONDS):
@@ -92,7 +104,8 @@ class _MpiSliceLink:
             raise WorkerLost(worker) from None
 
     def send(self, worker: int, model: Tensor, part: slice) -> None:
-        self._keep(model[part], self._rank(worker), MERGED, model)
+        place = self._places[worker]
+        self._keep(place.comm, model[part], place.rank, MERGED, model)
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
         group = self._groups.of_server[self._comm.rank]
@@ -153,20 +166,19 @@ class _MpiSliceLink:
                 requests.append(group.Irecv(values, worker + 1, MODEL))
         return requests
 
-    def _rank(self, worker: int) -> int:
-        return worker + self.servers - 1
-
-    def _keep(self, message: Any, rank: int, tag: int, data: Tensor | bytearray) -> None:
+    def _keep(
+        self, comm: MPI.Intracomm, message: Any, rank: int, tag: int, data: Tensor | bytearray
+    ) -> None:
         """Send `message`, which lies in `data`; to a rank that is gone it goes nowhere."""
         try:
-            request = self._comm.Isend(message, rank, tag)
+            request = comm.Isend(message, rank, tag)
         except MPI.Exception as error:
             raise_unless_failure(error)
         else:
             self._sending.append(_Sending(request, data))
 
-    def _post(self, data: bytearray, rank: int, tag: int) -> None:
-        self._keep([data, MPI.BYTE], rank, tag, data)
+    def _post(self, comm: MPI.Intracomm, data: bytearray, rank: int, tag: int) -> None:
+        self._keep(comm, [data, MPI.BYTE], rank, tag, data)
 
     def _take_parts(self, size: int) -> tuple[int, int]:
         """Cut a model of `size` floats; the bounds of this server's slice."""
@@ -186,6 +198,9 @@ class MpiServerLink(_MpiSliceLink):
     ----------
     comm, servers
         As in `hpc_hdb.cluster.mpi.MpiWorkerLink`.
+    recruit : callable, optional
+        Starts a process in place of a worker, given its number and where the ranks of `comm`
+        run; a communicator of this rank and the new one, or None where that cannot be done.
 
     Attributes
     ----------
@@ -193,18 +208,20 @@ class MpiServerLink(_MpiSliceLink):
         Workers that have neither left nor died.
     """
 
-    def __init__(self, comm: MPI.Intracomm, servers: int = 1) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        servers: int = 1,
+        recruit: Callable[[int, Addresses], MPI.Intracomm | None] = lambda *_: None,
+    ) -> None:
         super().__init__(comm, servers)
+        self._recruit = recruit
         self.present = set(range(1, self.workers + 1))
         self._start = time.perf_counter()
         self._lost: deque[int] = deque()
         self._arrived = MPI.UNDEFINED
         self._reports = [bytearray(Report.layout.size) for _ in range(self.workers)]
-        self._requests = [
-            comm.Recv_init([data, MPI.BYTE], self._rank(worker), REPORT)
-            for worker, data in enumerate(self._reports, start=1)
-        ]
-        MPI.Prequest.Startall(self._requests)
+        self._requests = [self._listen(worker) for worker in sorted(self.present)]
 
     def now(self) -> float:
         return time.perf_counter() - self._start
@@ -239,8 +256,17 @@ class MpiServerLink(_MpiSliceLink):
                 "run does not go on without it; resume it"
             )
         for worker in sorted(self.present):
-            if self._rank(worker) in failed:
+            place = self._places[worker]
+            if place.rank in (failed if place.comm is self._comm else failed_ranks(place.comm)):
                 self._forget(worker)
+
+    def _listen(self, worker: int) -> MPI.Prequest:
+        """Wait for the worker's next report."""
+        place = self._places[worker]
+        data = [self._reports[worker - 1], MPI.BYTE]
+        request = place.comm.Recv_init(data, place.rank, REPORT)
+        request.Start()
+        return request
 
     def _forget(self, worker: int) -> None:
         """A worker is gone: say so once, and listen no more to it."""
@@ -250,20 +276,31 @@ class MpiServerLink(_MpiSliceLink):
             self._requests[worker - 1] = MPI.Prequest()
 
     def order(self, worker: int, order: Order) -> None:
-        self._post(order.pack(), self._rank(worker), ORDER)
+        place = self._places[worker]
+        self._post(place.comm, order.pack(), place.rank, ORDER)
 
     def fence(self, worker: int) -> None:
+        place = self._places[worker]
         if not tolerates_failures():
-            where = self._addresses.describe(self._rank(worker))
+            where = place.addresses.describe(place.rank)
             raise UserError(
                 f"worker {worker} ({where}) does not answer, and the MPI of this job has no fault "
                 "tolerance with which to go on without it (mpirun --with-ft ulfm); resume the run"
             )
-        if not self._addresses.kill(self._rank(worker)):
+        if not place.addresses.kill(place.rank):
             self._forget(worker)  # it went without a word to MPI
 
-    def regroup(self) -> bool:
-        groups = Groups.of_survivors(self._comm)
+    def replace(self, worker: int) -> bool:
+        comm = self._recruit(worker, self._addresses)
+        if comm is None:
+            return False
+        self._places[worker] = _Place(comm, 1, Addresses(comm))
+        self._requests[worker - 1] = self._listen(worker)
+        self.present.add(worker)
+        return True
+
+    def regroup(self, newcomers: Sequence[int] = ()) -> bool:
+        groups = self._groups.of_survivors([self._places[worker].comm for worker in newcomers])
         if groups is not None:
             self._groups = groups
         return groups is not None
@@ -280,7 +317,7 @@ class MpiServerLink(_MpiSliceLink):
     def instruct(self, instruction: Instruction) -> None:
         data = instruction.pack()
         for server in range(1, self.servers):
-            self._post(data, server, INSTRUCTION)
+            self._post(self._comm, data, server, INSTRUCTION)
 
     async def collect(self, own: Tensor, out: Tensor) -> None:
         slices = Slices(self._size, self.servers)
@@ -294,7 +331,8 @@ class MpiServerLink(_MpiSliceLink):
 
     def interrupt(self) -> None:
         for worker in self.present:
-            self._post(bytearray(0), self._rank(worker), INTERRUPT)
+            place = self._places[worker]
+            self._post(place.comm, bytearray(0), place.rank, INTERRUPT)
 
 
 class MpiFollowerLink(_MpiSliceLink):
@@ -325,7 +363,7 @@ class MpiFollowerLink(_MpiSliceLink):
         return Instruction.unpack(self._instruction)
 
     def hand_in(self, model: Tensor) -> None:
-        self._keep(model, SERVER, SLICE, model)
+        self._keep(self._comm, model, SERVER, SLICE, model)
 
     def close(self) -> None:
         self._request.Free()

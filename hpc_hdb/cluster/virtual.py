@@ -259,7 +259,10 @@ class VirtualServerLink(_VirtualSliceLink):
     def order(self, worker: int, order: Order) -> None:
         self._cluster.workers[worker - 1].take_order(order)
 
-    def regroup(self) -> bool:
+    def replace(self, worker: int) -> bool:
+        return False  # none dies
+
+    def regroup(self, newcomers: Sequence[int] = ()) -> bool:
         return True
 
     def fence(self, worker: int) -> None:

@@ -34,7 +34,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
           ``versions``
         - once evaluated: ``final_accuracy``, ``final_loss``, ``best_accuracy``, ``best_epoch``
         - where bad images were left out: ``left_out``, their names
-        - where workers died or were dropped: ``lost_workers``, their numbers
+        - where workers died or were dropped: ``lost_workers``, their numbers; where others
+          took their places, ``replaced_workers``
         - ``stages``: see `_stages`
         - ``roles``: for each role its ``workers``, the mean seconds of one of them in each of
           `ACTIVITIES` and in none of them (``other``: starting up, rounds that an interruption
@@ -74,6 +75,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         }
     if lost := [event["worker"] for event in events if event["event"] in ("lost", "dropped")]:
         summary["lost_workers"] = lost
+    if replaced := [event["worker"] for event in events if event["event"] == "replaced"]:
+        summary["replaced_workers"] = replaced
     if left_out := {event["file"] for event in events if event["event"] == "left_out"}:
         summary["left_out"] = sorted(left_out)
     rounds_per_epoch = about["commits_per_epoch"] // about["workers"]

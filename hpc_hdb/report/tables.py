@@ -131,8 +131,11 @@ def result_lines(summary: dict[str, Any]) -> str:
     else:
         text += "not evaluated yet"
     if lost := summary.get("lost_workers"):
-        text += f"\n{format_count(len(lost), 'worker')} of {summary['workers']} lost on the way: "
+        gone = format_count(len(set(lost)), "worker")
+        text += f"\n{gone} of {summary['workers']} lost on the way: "
         text += ", ".join(map(str, lost))
+    if replaced := summary.get("replaced_workers"):
+        text += f"; replaced: {', '.join(map(str, replaced))}"
     if files := summary.get("left_out"):
         text += f"\n{format_count(len(files), 'bad image')} left out: see summary.json"
     return text

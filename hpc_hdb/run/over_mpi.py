@@ -47,6 +47,7 @@ from hpc_hdb.run.planning import (
     sweeps,
     time_sweeps,
 )
+from hpc_hdb.run.replacement import hindrance, recruiter
 from hpc_hdb.run.serve import STOP_SIGNALS, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
@@ -128,14 +129,12 @@ def _run(
     prepare_data(settings.data)
     timing = None if plan else known_timing(settings, workers)
     sizes = {} if plan or timing else sweeps(settings, workers)
-    _broadcast_json(
-        comm,
-        {
-            "settings": settings.model_dump(mode="json"),
-            "folder": str(folder.path),
-            "sweeps": {str(side): batches for side, batches in sizes.items()},
-        },
-    )
+    job = {
+        "settings": settings.model_dump(mode="json"),
+        "folder": str(folder.path),
+        "sweeps": {str(side): batches for side, batches in sizes.items()},
+    }
+    _broadcast_json(comm, job)
     place = _place(comm, settings)
     place.settle()
     data = open_data(settings.data, "train")
@@ -156,7 +155,11 @@ def _run(
         folder.begin(own, plan)
     else:
         check_resumed_data(plan, len(data.labels))
-    link = MpiServerLink(split.links, servers)
+    if reason := hindrance(settings):
+        progress.note(f"server.replacements: lost workers will not be replaced; {reason}")
+        link = MpiServerLink(split.links, servers)
+    else:
+        link = MpiServerLink(split.links, servers, recruiter(job))
     with results_in(folder.path):
         name = image_name(data, settings)
         status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)

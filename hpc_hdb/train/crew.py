@@ -30,6 +30,8 @@ class Crew:
         Those that wait for an order.
     lacking : set of int
         Those of them that do not have the merged model.
+    newcomers : set of int
+        Those of them that replace lost ones, and are in no group for reductions yet.
     owing : set of int
         Those of them that are to answer nevertheless, after a reduction that has failed.
     commits : dict of int to int
@@ -44,6 +46,7 @@ class Crew:
         self.waiting: set[int] = set()
         self.lacking: set[int] = set()
         self.owing: set[int] = set()
+        self.newcomers: set[int] = set()
         self.commits = dict.fromkeys(self.present, 0)
         self.refused: Counter[int] = Counter()
         self._groups = dict(enumerate(groups, start=1))
@@ -109,9 +112,24 @@ class Crew:
 
     def lose(self, worker: int) -> Order | None:
         """The worker is gone; the last round that it was given, if any."""
-        for members in (self.present, self.active, self.waiting, self.lacking, self.owing):
+        for members in (
+            *(self.present, self.active, self.waiting),
+            *(self.lacking, self.owing, self.newcomers),
+        ):
             members.discard(worker)
         return self._orders.get(worker)
+
+    def await_replacement(self, worker: int) -> None:
+        """A process has been started in its place, and will join."""
+        self.present.add(worker)
+        self._orders.pop(worker, None)
+        self._slowness.pop(worker, None)
+        self.refused.pop(worker, None)
+
+    def admit(self, worker: int) -> None:
+        """The replacement has joined."""
+        self.active.add(worker)
+        self.newcomers.add(worker)
 
     def expect(self, workers: set[int], now: float) -> None:
         """These are to answer, from now on."""
@@ -136,8 +154,9 @@ class Crew:
             Nor are so many predicted times of a round.
         """
         found = []
-        for worker in sorted((self.active - self.waiting | self.owing) & self._orders.keys()):
-            round_seconds = self._orders[worker].predicted_seconds
+        for worker in sorted((self.active - self.waiting) & self._orders.keys() | self.owing):
+            order = self._orders.get(worker)
+            round_seconds = order.predicted_seconds if order else 0.0
             if now - self._heard[worker] > max(least, rounds * round_seconds):
                 found.append(worker)
         return found

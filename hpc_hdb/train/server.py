@@ -103,8 +103,11 @@ class ParameterServer:
         self._image_name = image_name
         self._silent: set[int] = set()
         self._listened = 0.0
+        self._to_answer: set[int] = set()
         self._answered: set[int] = set()
         self._regroup = False
+        self._replaced = 0
+        self._reports: dict[int, Report] = {}
         self._asked = 0
         self._slowness = [1.0] * workers
         self._adapt_at = 1
@@ -180,6 +183,7 @@ class ParameterServer:
             self._stop(self._crew.waiting)
             while self._crew.present:
                 await self._next_report()
+                self._stop(self._crew.waiting)  # replacements that come late
         except Interrupted:
             await self._interrupt()
             self._model.end()
@@ -216,35 +220,38 @@ class ParameterServer:
     async def _serve_bulk_synchronously(self) -> None:
         """BSP: one reduction over all workers each round."""
         while not self._book.finished:
-            reports: dict[int, Report] = {}
+            self._reports.clear()
             while self._crew.active - self._crew.waiting:
                 worker, report = await self._next_report()
                 if report.kind == ReportKind.COMMIT:
                     await self._snapshots.make_room(worker)
-                    reports[worker] = report
+                    self._reports[worker] = report
                 elif report.kind == ReportKind.UNDONE and worker in self._answered:
                     await self._send_again(worker)
-            await self._reduce(reports)
+            await self._reduce()
             self._adapt()
             await self._after_commits()
             await self._send_rounds()
 
-    async def _reduce(self, reports: dict[int, Report]) -> None:
+    async def _reduce(self) -> None:
         """Merge what all workers have committed; again without those that die meanwhile."""
         while True:
             if self._regroup:
                 await self._muster()
-            commits = {w: r for w, r in sorted(reports.items()) if w in self._crew.waiting}
+            commits = {w: r for w, r in sorted(self._reports.items()) if w in self._crew.waiting}
             if not commits:
                 return
             events = [self._count_commit(worker, report) for worker, report in commits.items()]
             factors = [self._work.factor(self._crew.order_of(worker)) for worker in commits]
             weights = dict(zip(commits, reduction_weights(factors), strict=True))
             order = self._ask(OrderKind.REDUCE)
+            newcomers = sorted(self._crew.newcomers)
+            order.newcomers = len(newcomers)
             for worker in sorted(self._crew.waiting):
                 order.weight = weights.get(worker, 0.0)  # some have nothing to commit
+                order.position = newcomers.index(worker) if worker in newcomers else -1
                 self._link.order(worker, order)
-            if (not self._regroup or self._link.regroup()) and await self._reduced():
+            if (not self._regroup or self._form_groups(newcomers)) and await self._reduced():
                 self._regroup = False
                 self._crew.lacking.clear()
                 for event in events:
@@ -254,6 +261,12 @@ class ParameterServer:
                 self._uncount_commit(worker, self._crew.order_of(worker))
             self._regroup = True
             await self._all_answer()
+
+    def _form_groups(self, newcomers: list[int]) -> bool:
+        formed = self._link.regroup(newcomers)
+        if formed:
+            self._crew.newcomers.difference_update(newcomers)
+        return formed
 
     def _adapt(self) -> None:
         """Once an epoch, let the shares follow the workers' speeds where these have changed."""
@@ -278,12 +291,13 @@ class ParameterServer:
     def _ask(self, kind: OrderKind) -> Order:
         """An order that those who wait answer, unless they carry it out."""
         self._answered.clear()
+        self._to_answer = set(self._crew.waiting)
         self._asked += 1
         return Order(kind, index=self._asked, regroup=self._regroup)
 
     async def _all_answer(self) -> None:
-        self._crew.expect(self._crew.waiting - self._answered, self._link.now())
-        while self._crew.waiting - self._answered:
+        self._crew.expect(self._to_answer & self._crew.waiting - self._answered, self._link.now())
+        while self._to_answer & self._crew.waiting - self._answered:
             await self._next_report()
 
     async def _reduced(self) -> bool:
@@ -378,6 +392,8 @@ class ParameterServer:
         if report.kind == ReportKind.LOST:
             self._lose(worker)
             return
+        if report.kind == ReportKind.JOIN and worker not in self._crew.active:
+            self._admit(worker)
         self._crew.note_report(worker, report, self._link.now())
         if report.kind == ReportKind.PROGRESS:
             self._emit("progress", {"worker": worker, "samples": report.samples})
@@ -424,6 +440,7 @@ class ParameterServer:
         order = self._crew.lose(worker)
         if order is not None:
             self._work.give_back(order)
+        self._reports.pop(worker, None)
         self._regroup = True
         group = self._crew.group(worker).value
         self._emit("lost", {"commit": self._book.commits, "worker": worker, "group": group})
@@ -433,6 +450,24 @@ class ParameterServer:
             folder = "RUN" if self._checkpoints is None else self._checkpoints.parent
             raise UserError(f"all workers were lost: go on with hdb train --resume {folder}")
         self._replan()
+        self._replace(worker)
+
+    def _replace(self, worker: int) -> None:
+        """Start another process in place of a lost worker, if that is wanted and possible."""
+        if self._replaced < self._settings.server.replacements and self._link.replace(worker):
+            self._replaced += 1
+            self._crew.await_replacement(worker)
+
+    def _admit(self, worker: int) -> None:
+        """The replacement of a lost worker has joined."""
+        if self._settings.server.sync == "ssp":  # it need not catch up
+            self._crew.commits[worker] = min(self._crew.commits[w] for w in self._crew.active)
+        self._crew.admit(worker)
+        self._regroup = True
+        group = self._crew.group(worker).value
+        self._emit("replaced", {"commit": self._book.commits, "worker": worker, "group": group})
+        if not self._book.finished:
+            self._replan()
 
     def _replan(self) -> None:
         """Solve the plan for the workers that are left."""

@@ -22,18 +22,21 @@ class Accident(NamedTuple):
     moment : str
         As `programs.faulty` knows it; the number of the time it comes follows a colon.
     outcome : str
-        "lost", "dropped", "redone" (the round), "spared" (it goes on), or for the whole run
-        "ended".
+        "lost", "replaced" (lost, and another takes its place), "dropped", "redone" (the round),
+        "spared" (it goes on), or for the whole run "ended".
+    again : bool
+        It is the worker's replacement that meets with it.
     """
 
     victim: int
     fault: str
     moment: str
     outcome: str
+    again: bool = False
 
     def inject(self) -> str:
         """For ``$HDB_FAULT``."""
-        return f"{self.victim}:{self.fault}@{self.moment}"
+        return f"{self.victim}{'+' * self.again}:{self.fault}@{self.moment}"
 
 
 class Scenario(NamedTuple):
@@ -50,6 +53,7 @@ class Scenario(NamedTuple):
     ranks: int
     accidents: tuple[Accident, ...]
     overrides: tuple[str, ...] = ()
+    step_seconds: float = 0.0
 
     def inject(self) -> str:
         return ",".join(accident.inject() for accident in self.accidents)
@@ -99,6 +103,16 @@ def _survived(mode: str) -> dict[str, Scenario]:
             3,
             (Accident(2, "nap", "round:2", "spared"),),
             ("server.silent_seconds=1",),
+        ),
+        "replacements": Scenario(
+            4,
+            (
+                Accident(2, "kill", "join", "replaced"),
+                Accident(3, "kill", "round:2", "replaced"),
+                Accident(2, "kill", "round:2", "lost", again=True),
+            ),
+            ("server.replacements=2",),
+            step_seconds=0.2,
         ),
     }
 

@@ -1,14 +1,16 @@
 """A model whose worker meets with an accident, as ``$HDB_FAULT`` says; for the tests of faults.
 
 ``HDB_FAULT="2:kill@push:3,1:nan@round:1"``: worker 2 is killed in the middle of its third push,
-and worker 1's first round ends in NaN. Worker 0 is the server.
+and worker 1's first round ends in NaN. Worker 0 is the server, "2+" whoever replaces worker 2.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +27,8 @@ from hpc_hdb.train.trainer import Trainer
 
 NAP_SECONDS = 4
 _RANK = os.environ.get("OMPI_COMM_WORLD_RANK", "")
+if sys.argv[0].endswith("replacement.py"):
+    _RANK = f"{json.loads(sys.argv[1])['worker']}+"
 _PARTS_PUSHED = 3
 """Of a model's eight, before a worker dies in the middle of a push."""
 
