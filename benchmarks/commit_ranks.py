@@ -109,11 +109,14 @@ def bare_exchanges(
             comm.Send(own, status.Get_source(), 0)
         return []
     times = []
+    back = bare_slices(torch.empty_like(model), servers)
     for _ in range(count):
         time.sleep(pause)
         start = time.perf_counter()
-        MPI.Request.Waitall([comm.Isend(own, server, 0) for server, own in enumerate(slices)])
-        MPI.Request.Waitall([comm.Irecv(own, server, 0) for server, own in enumerate(slices)])
+        # Expected before all is sent: a server that has received from another worker first waits.
+        replies = [comm.Irecv(own, server, 0) for server, own in enumerate(back)]
+        sends = [comm.Isend(own, server, 0) for server, own in enumerate(slices)]
+        MPI.Request.Waitall(sends + replies)
         times.append(time.perf_counter() - start)
     return times[WARM_UP:]
 
