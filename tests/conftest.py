@@ -116,6 +116,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with a configuration, ``mine.toml``, to start commands in."""
+    from endings import write_configuration
+
+    write_configuration(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts a disk on ``tmp_path/disk``, with the options given; skips where it may not."""
     path = tmp_path / "disk"

@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from hpc_hdb.train.sealed import read_sealed
 
 TRAIN = ["hdb", "train", "mine.toml", "--set", "run.output=out"]
 SIMULATE = ["hdb", "simulate", "mine.toml", "--set", "run.output=out"]
+LONG = ["--set", "schedule.epochs=100000"]
 
 CONFIGURATION = """
 [data]
@@ -107,15 +108,22 @@ class Job:
 
     def ranks(self) -> dict[int, int]:
         """The processes of the ranks that mpirun has started and that still run."""
-        found = {}
+        return {rank: process for job, rank, process in self._started() if job == 1}
+
+    def replacements(self) -> list[int]:
+        """The processes that were started in the middle of it, and still run."""
+        return [process for job, _, process in self._started() if job > 1]
+
+    def _started(self) -> Iterator[tuple[int, int, int]]:
+        """Number of the MPI job, rank and process of what mpirun has started and still runs."""
         for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
             for child in file.read_text().split():
                 with contextlib.suppress(OSError):
                     environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
                     values = dict(entry.partition(b"=")[::2] for entry in environment)
                     if rank := values.get(b"OMPI_COMM_WORLD_RANK"):
-                        found[int(rank)] = int(child)
-        return found
+                        job = values[b"PMIX_NAMESPACE"].rpartition(b"@")[2]
+                        yield int(job), int(rank), int(child)
 
     def until(self, happened: Callable[[], object], seconds: float = 90) -> None:
         """Wait until it has happened; the job must not have ended by then."""

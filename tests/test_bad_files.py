@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import events, run, succeed
 from endings import (
+    LONG,
     SIMULATE,
     TRAIN,
     Job,
@@ -27,15 +28,7 @@ from endings import (
 from PIL import Image
 
 IMAGES = sets("data.source=folder", "data.path=images")
-LONG = sets("schedule.epochs=100000")
 BIG = sets("model.name=resnet8", "schedule.epochs=20")  # whose checkpoints fill a small disk
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    """A folder with a configuration, to start commands in."""
-    write_configuration(tmp_path)
-    return tmp_path
 
 
 def picture(mode: str = "RGB") -> Image.Image:

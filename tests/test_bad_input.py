@@ -17,7 +17,6 @@ from endings import (
     contents,
     refused,
     sets,
-    write_configuration,
 )
 
 MANY = """
@@ -32,13 +31,6 @@ time.sleep(random.Random(rank).uniform(0, float(sys.argv[1])) if rank else 60)
 leave(UserError(f"as rank {rank} says"))
 """
 """Ranks all of which but the first fail within some seconds."""
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    """A folder with a configuration and models, to start commands in."""
-    write_configuration(tmp_path)
-    return tmp_path
 
 
 # ---- what MPI is not needed for ---------------------------------------------------------------

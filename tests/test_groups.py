@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import events, succeed
-from endings import Job, assert_refusal, refused, sets, write_configuration
+from endings import Job, assert_refusal, refused, sets
 from programs.runs import PROGRAMS, Kind, assert_same_bits, final_model
 from torch import Tensor
 
@@ -262,12 +262,6 @@ def test_a_stopped_all_reduce_run_goes_on_as_if_nothing_had_happened(tmp_path: P
 
 TRAIN = ["hdb", "train", "mine.toml", "--set", "run.output=out"]
 PAIRS = sets("server.ranks_per_worker=2", "plan.small_workers=0")
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    write_configuration(tmp_path)
-    return tmp_path
 
 
 def test_ranks_that_do_not_divide_are_refused(here: Path) -> None:

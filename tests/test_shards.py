@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import events, succeed
-from endings import SIMULATE, TRAIN, Job, contents, refused, sets, write_bomb, write_configuration
+from endings import SIMULATE, TRAIN, Job, contents, refused, sets, write_bomb
 from PIL import Image
 
 from dali_pipelines.augmentation import Augmentation
@@ -28,16 +28,15 @@ def picture(seed: int, size: tuple[int, int] = (60, 48)) -> Image.Image:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
-    """A folder with a configuration and ``images``: 3 classes of 20, and 6 held out."""
-    write_configuration(tmp_path)
+def here(here: Path) -> Path:
+    """With ``images`` as well: 3 classes of 20, and 6 held out."""
     for split, count in (("train", 20), ("val", 2)):
         for label, name in enumerate(("ant", "bee", "cat")):
-            folder = tmp_path / "images" / split / name
+            folder = here / "images" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 picture(100 * label + number).save(folder / f"{number:02d}.jpg")
-    return tmp_path
+    return here
 
 
 def pack(here: Path, *options: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import events, run, succeed
 from endings import (
+    LONG,
     SIMULATE,
     TRAIN,
     Job,
@@ -22,18 +23,8 @@ from endings import (
     checkpoints,
     contents,
     refused,
-    sets,
-    write_configuration,
 )
 from PIL import Image
-
-LONG = sets("schedule.epochs=100000")
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    write_configuration(tmp_path)
-    return tmp_path
 
 
 def write_images(folder: Path, count: int) -> None:

@@ -12,18 +12,10 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 from conftest import events
-from endings import SIMULATE, TRAIN, Job, assert_refusal, checkpoints, sets, write_configuration
+from endings import LONG, SIMULATE, TRAIN, Job, assert_refusal, checkpoints
 
-LONG = sets("schedule.epochs=100000")
 RESUME = ["hdb", "simulate", "--resume", "out"]
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    write_configuration(tmp_path)
-    return tmp_path
 
 
 def started(here: Path, *words: str, ranks: int = 0, **env: str) -> Job:

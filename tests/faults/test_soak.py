@@ -50,6 +50,7 @@ def begin(mode: str, run: Path, epochs: int) -> Job:
         f"schedule.epochs={epochs}",
         "server.silent_worker=drop",
         "server.silent_seconds=4",
+        "server.replacements=1000",
     )
     words = [*TOLERANT, "-n", "5", "hdb", "train", "digits", *RUN, *settings]
     return Job(*words, cwd=PROGRAMS, HDB_STEP_SECONDS="0.05")
@@ -72,7 +73,8 @@ def meet_with_an_accident(dice: random.Random, job: Job, memory: Memory) -> str:
     """Something happens to a rank of the job, if it still runs; what."""
     ranks = job.ranks()
     server = ranks.pop(0, job.process.pid)
-    workers, launcher = list(ranks.values()) or [server], job.process.pid
+    workers = [*ranks.values(), *job.replacements()] or [server]
+    launcher = job.process.pid
     memory.look(server)
     kind = dice.choice(["kill", "kill", "kill", "stop", "nap", "server", "interrupt", "launcher"])
     worker = dice.choice(workers)
