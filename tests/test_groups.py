@@ -55,20 +55,10 @@ def stop(job: Job, run: Path, commits: int) -> None:
 
     job.until(happened)
     time.sleep(0.05)
-    os.kill(first_rank(job), signal.SIGUSR1)
+    os.kill(job.ranks()[0], signal.SIGUSR1)
     ending = job.end()
     assert ending.status == 128 + signal.SIGUSR1
     assert ending.out.rstrip().endswith(f"hdb train --resume {run}")
-
-
-def first_rank(job: Job) -> int:
-    """The process of rank 0."""
-    for file in Path(f"/proc/{job.process.pid}/task").glob("*/children"):
-        for child in file.read_text().split():
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if b"OMPI_COMM_WORLD_RANK=0" in environment:
-                return int(child)
-    raise AssertionError("rank 0 is gone")
 
 
 # ---- a worker of several ranks ----------------------------------------------------------------
@@ -144,15 +134,12 @@ def test_the_report_tells_of_the_ranks(shared: Path) -> None:
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     shared: Path, digits: Path, tmp_path: Path
 ) -> None:
+    """Nor that it has two servers."""
     run = tmp_path / "run"
-    job = Job(
-        *("hdb", "train", *KIND.settings(digits, run, **SHARED)),
-        ranks=RANKS,
-        cwd=PROGRAMS,
-        SLOW="1",
-    )
+    settings = KIND.settings(digits, run, **SHARED | {"server.servers": 2})
+    job = Job("hdb", "train", *settings, ranks=1 + RANKS, cwd=PROGRAMS, SLOW="2")
     stop(job, run, commits=1)
-    succeed("hdb", "train", "--resume", run, ranks=RANKS, cwd=PROGRAMS)
+    succeed("hdb", "train", "--resume", run, ranks=1 + RANKS, cwd=PROGRAMS)
     assert_same_bits(final_model(run), final_model(shared / "run"))
 
 

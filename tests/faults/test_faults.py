@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import succeed
 from endings import Ending, Job, assert_whole, sets
-from faults.table import LIVES, MODES, SURVIVED, Life, Scenario, cells
+from faults.table import LIVES, SURVIVED, Life, Scenario, cells
 from programs.runs import PROGRAMS
 
 from hpc_hdb.report.events import Event, read_events
@@ -101,7 +101,7 @@ def assert_outcomes(scenario: Scenario, log: list[Event], ending: Ending) -> Non
     assert set(range(1, workers + 1)) - lost <= set(left)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LIVES)
 def test_a_run_that_is_ended_again_and_again_is_resumed(mode: str, tmp_path: Path) -> None:
     """By the loss of all workers, of the server, and without fault mitigation; with other ranks."""
     run = tmp_path / "run"
