@@ -26,6 +26,7 @@ through a resume). Events by name:
 - ``silent``: ``commit``, ``worker``: not heard of for too long
 - ``lost``: ``commit``, ``worker``, ``group``: it has died; others go on
 - ``replaced``: as ``lost``: another process trains in its place from now on
+- ``irreplaceable``: ``commit``, ``worker``: no process could be started in its place
 - ``plan``: ``commit``, ``from_epoch``, ``total`` (commits of the whole run), and what plan.json
   holds but the timing: the plan for the workers that are left
 - ``adapted``: as ``plan``, and ``slowness``, each worker's time relative to the predicted one, by
@@ -50,6 +51,7 @@ Event = dict[str, Any]
 TROUBLES = {
     "lost": "was lost: the others take over its share",
     "replaced": "was replaced by a new process",
+    "irreplaceable": "is not replaced: MPI starts no process there",
     "silent": "does not answer",
     "refused": "ended a round in NaN or infinity: it is done again",
     "dropped": "is dropped: its rounds keep ending in NaN or infinity",

@@ -71,9 +71,11 @@ def recruiter(job: dict[str, Any]) -> Callable[[int, Addresses], MPI.Intracomm |
             "sharing": sum(other[1:] == own[1:] for other in workers),
         }
         words = ["-m", __spec__.name, json.dumps(job | place)]
-        on_its_node = MPI.Info.Create({"host": own.host})
+        # The launcher still counts the lost one's slot as taken; `work` binds to its cores.
+        where = {"host": own.host, "map_by": "slot:oversubscribe", "bind_to": "none"}
         try:
-            return MPI.COMM_SELF.Spawn(sys.executable, words, 1, on_its_node).Merge(high=False)
+            started = MPI.COMM_SELF.Spawn(sys.executable, words, 1, MPI.Info.Create(where))
+            return started.Merge(high=False)
         except MPI.Exception:
             return None
 

@@ -454,9 +454,13 @@ class ParameterServer:
 
     def _replace(self, worker: int) -> None:
         """Start another process in place of a lost worker, if that is wanted and possible."""
-        if self._replaced < self._settings.server.replacements and self._link.replace(worker):
+        if self._replaced == self._settings.server.replacements:
+            return
+        if self._link.replace(worker):
             self._replaced += 1
             self._crew.await_replacement(worker)
+        else:
+            self._emit("irreplaceable", {"commit": self._book.commits, "worker": worker})
 
     def _admit(self, worker: int) -> None:
         """The replacement of a lost worker has joined."""
