@@ -65,7 +65,8 @@ demo: install
 
 # Two files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
 test: .venv/installed-test .venv/installed-slurm
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_slurm_jobs.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/test_slurm_jobs.py
 	$(BIN)/python -m pytest tests/test_slurm_jobs.py
 
 soak: .venv/installed-test

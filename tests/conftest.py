@@ -24,12 +24,28 @@ PROGRAMS = Path(__file__).parent / "programs"
 TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
 """A time model for the digits preset, so that a test's plan does not depend on the machine."""
 
+SLOWEST = (
+    *("faults/test_faults", "test_resume", "test_groups", "faults/test_soak", "test_training"),
+    *("faults/test_disks", "test_bad_files", "test_bad_input", "faults/test_lock", "test_study"),
+)
+"""Files that take minutes."""
+
 # HYPOTHESIS_PROFILE=soak tries each property as often as it takes to find what is rare.
 hypothesis.settings.register_profile(
     "suite", max_examples=50, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("soak", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slowest files, so that no process is left alone with one of them."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+
+    items.sort(key=place)
 
 
 @functools.cache
