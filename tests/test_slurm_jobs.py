@@ -249,6 +249,24 @@ def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: P
     assert cluster.shown(job.number)["Restarts"] == "1"
 
 
+def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """A worker's node, then the server's, go out like a light: the script requeues, then Slurm."""
+    epochs = sets("schedule.epochs=20", "run.evaluate_every=20")
+    job = Submitted(
+        cluster, tmp_path, "digits", *LONG, *epochs, "--nodes", "2", "--sbatch", "exclude=n1,n2",
+        SLOW="1", SLOW_LIVES="2",
+    )  # fmt: skip
+    for life, node in ((1, "n4"), (2, "n3")):
+        job.wait_for_life(life)
+        cluster.lose_node(node)
+        wait_until(lambda: cluster.state(job.number) != "RUNNING", 60, f"the loss of {node}")
+        cluster.start_node(node)
+    job.wait_for_start(3)
+    assert job.wait("COMPLETED")["Restarts"] == "2"
+    assert job.lives() == 3
+    assert_one_run(job.run, workers=2, epochs=20)
+
+
 def test_the_time_limit(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """The run saves, requeues itself, and ends with the same bits as one that never stopped."""
     struck.wait_for_start(2)
