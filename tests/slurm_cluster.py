@@ -129,6 +129,10 @@ class Cluster:
         _kill([root.pid, *_below(root.pid), *self._steps_of(name)])
         root.wait()
 
+    def lose_rank(self, job: str, rank: int) -> None:
+        """End one rank as the kernel does where memory runs out."""
+        _kill(self._holding(f"SLURM_JOB_ID={job}", f"OMPI_COMM_WORLD_RANK={rank}"))
+
     def stop(self) -> None:
         """End all daemons, and what is left of their jobs."""
         for name in self.nodes:
@@ -239,9 +243,9 @@ class Cluster:
                     found.add(parent)
         return found
 
-    def _holding(self, variable: str) -> list[int]:
-        """Processes of this cluster with that in their environment."""
-        wanted = {variable.encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()}
+    def _holding(self, *variables: str) -> list[int]:
+        """Processes of this cluster with those in their environment."""
+        wanted = {name.encode() for name in (*variables, f"SLURM_CONF={self.folder}/slurm.conf")}
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):

@@ -249,6 +249,21 @@ def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: P
     assert cluster.shown(job.number)["Restarts"] == "1"
 
 
+def test_a_lost_worker_with_ulfm(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """The others go on at once; nothing is requeued."""
+    words = [*SHORT, *sets("schedule.epochs=10", "plan.workers=3"), "--nodes", "2"]
+    job = Submitted(
+        cluster, tmp_path, "digits", *words, "--launcher", "mpirun --with-ft ulfm",
+        "--sbatch", "nodelist=n3,n4", SLOW="1",
+    )  # fmt: skip
+    job.wait_for_life(1)
+    cluster.lose_rank(job.number, 3)
+    assert job.wait("COMPLETED")["Restarts"] == "0"
+    summary = json.loads((job.run / "summary.json").read_text())
+    assert summary["lost_workers"] == [3]
+    assert summary["images"] == 10 * SAMPLES
+
+
 def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """A worker's node, then the server's, go out like a light: the script requeues, then Slurm."""
     epochs = sets("schedule.epochs=20", "run.evaluate_every=20")
