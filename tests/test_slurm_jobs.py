@@ -264,6 +264,20 @@ def test_a_lost_worker_with_ulfm(struck: Submitted, cluster: Cluster, tmp_path: 
     assert summary["images"] == 10 * SAMPLES
 
 
+def test_srun_ends_a_job_that_has_lost_a_rank(
+    struck: Submitted, cluster: Cluster, tmp_path: Path
+) -> None:
+    """As mpirun does, whatever the MPI: here there is none, and the ranks only wait."""
+    (tmp_path / "hdb").write_text("#!/bin/sh\n[ $SLURM_PROCID = 1 ] && kill -9 $$\nsleep 60\n")
+    (tmp_path / "hdb").chmod(0o755)
+    site = tmp_path / "site.toml"
+    site.write_text(f"{SITE}setup = ['export PATH={tmp_path}:\"$PATH\"']\n")
+    words = ["digits", *SHORT, *sets("plan.workers=2"), "--launcher", "srun"]
+    job = Submitted(cluster, tmp_path, *words, HDB_SITE=str(site))
+    job.wait("FAILED", 30)
+    assert "task 1: Killed" in job.out
+
+
 def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """A worker's node, then the server's, go out like a light: the script requeues, then Slurm."""
     epochs = sets("schedule.epochs=20", "run.evaluate_every=20")
