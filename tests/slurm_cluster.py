@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from conftest import environment
@@ -47,6 +47,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=5
+MessageTimeout=5
 KillWait=8
 MailProg=/bin/true
 GresTypes=gpu
@@ -125,11 +126,12 @@ class Cluster:
     def lose_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon, and all that it has started."""
         root = self._daemons.pop(name)
-        victims = [root.pid, *_below(root.pid), *self._steps_of(name)]
-        for process in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        _kill([root.pid, *_below(root.pid), *self._steps_of(name)])
         root.wait()
+
+    def lose_rank(self, job: str, rank: int) -> None:
+        """End one rank as the kernel does where memory runs out."""
+        _kill(self._holding(f"SLURM_JOB_ID={job}", f"OMPI_COMM_WORLD_RANK={rank}"))
 
     def stop(self) -> None:
         """End all daemons, and what is left of their jobs."""
@@ -181,9 +183,15 @@ class Cluster:
         return self.shown(job)
 
     def hurry(self, job: str) -> None:
-        """Take away the two minutes that Slurm lets pass before a requeued job starts."""
+        """Take away the two minutes that Slurm lets pass before a requeued job starts.
+
+        And what does not outlive them: an srun whose mpirun has died, and which proctrack/linuxproc
+        therefore no longer finds, waits for the step of a lost node, and KillWait later cancels
+        the step of that number, which would be one of the job's next life.
+        """
         shown = self.shown(job)
         if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
+            _kill(self._holding(f"SLURM_JOB_ID={job}"))
             self("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def logs(self) -> str:
@@ -227,16 +235,22 @@ class Cluster:
         They name no node on their command line, but all that they start has it in its environment.
         """
         found = set()
+        for process in self._holding(f"SLURMD_NODENAME={node}"):
+            found.add(process)
+            with contextlib.suppress(OSError):
+                parent = _parent(process)
+                if Path(f"/proc/{parent}/comm").read_text().strip() == "slurmstepd":
+                    found.add(parent)
+        return found
+
+    def _holding(self, *variables: str) -> list[int]:
+        """Processes of this cluster with those in their environment."""
+        wanted = {name.encode() for name in (*variables, f"SLURM_CONF={self.folder}/slurm.conf")}
+        found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                values = (process / "environ").read_bytes().split(b"\0")
-                if f"SLURM_CONF={self.folder}/slurm.conf".encode() not in values:
-                    continue
-                if f"SLURMD_NODENAME={node}".encode() in values:
-                    found.add(int(process.name))
-                    parent = _parent(int(process.name))
-                    if (Path(f"/proc/{parent}/comm").read_text().strip()) == "slurmstepd":
-                        found.add(parent)
+                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                    found.append(int(process.name))
         return found
 
 
@@ -278,6 +292,12 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def _kill(processes: Iterable[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _parent(process: int) -> int:

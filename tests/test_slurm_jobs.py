@@ -249,6 +249,53 @@ def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: P
     assert cluster.shown(job.number)["Restarts"] == "1"
 
 
+def test_a_lost_worker_with_ulfm(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """The others go on at once; nothing is requeued."""
+    words = [*SHORT, *sets("schedule.epochs=10", "plan.workers=3"), "--nodes", "2"]
+    job = Submitted(
+        cluster, tmp_path, "digits", *words, "--launcher", "mpirun --with-ft ulfm",
+        "--sbatch", "nodelist=n3,n4", SLOW="1",
+    )  # fmt: skip
+    job.wait_for_life(1)
+    cluster.lose_rank(job.number, 3)
+    assert job.wait("COMPLETED")["Restarts"] == "0"
+    summary = json.loads((job.run / "summary.json").read_text())
+    assert summary["lost_workers"] == [3]
+    assert summary["images"] == 10 * SAMPLES
+
+
+def test_srun_ends_a_job_that_has_lost_a_rank(
+    struck: Submitted, cluster: Cluster, tmp_path: Path
+) -> None:
+    """As mpirun does, whatever the MPI: here there is none, and the ranks only wait."""
+    (tmp_path / "hdb").write_text("#!/bin/sh\n[ $SLURM_PROCID = 1 ] && kill -9 $$\nsleep 60\n")
+    (tmp_path / "hdb").chmod(0o755)
+    site = tmp_path / "site.toml"
+    site.write_text(f"{SITE}setup = ['export PATH={tmp_path}:\"$PATH\"']\n")
+    words = ["digits", *SHORT, *sets("plan.workers=2"), "--launcher", "srun"]
+    job = Submitted(cluster, tmp_path, *words, HDB_SITE=str(site))
+    job.wait("FAILED", 30)
+    assert "task 1: Killed" in job.out
+
+
+def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """A worker's node, then the server's, go out like a light: the script requeues, then Slurm."""
+    epochs = sets("schedule.epochs=20", "run.evaluate_every=20")
+    job = Submitted(
+        cluster, tmp_path, "digits", *LONG, *epochs, "--nodes", "2", "--sbatch", "exclude=n1,n2",
+        SLOW="1", SLOW_LIVES="2",
+    )  # fmt: skip
+    for life, node in ((1, "n4"), (2, "n3")):
+        job.wait_for_life(life)
+        cluster.lose_node(node)
+        wait_until(lambda: cluster.state(job.number) != "RUNNING", 60, f"the loss of {node}")
+        cluster.start_node(node)
+    job.wait_for_start(3)
+    assert job.wait("COMPLETED")["Restarts"] == "2"
+    assert job.lives() == 3
+    assert_one_run(job.run, workers=2, epochs=20)
+
+
 def test_the_time_limit(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """The run saves, requeues itself, and ends with the same bits as one that never stopped."""
     struck.wait_for_start(2)
