@@ -79,6 +79,7 @@ class Cluster:
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.apart = _may_be_apart()
         self._daemons: dict[str, subprocess.Popen] = {}
+        self._hurried: set[tuple[str, str]] = set()
         self.environment = environment() | {"PATH": _path(), "SLURM_CONF": f"{folder}/slurm.conf"}
 
     def start(self) -> None:
@@ -187,12 +188,16 @@ class Cluster:
 
         And what does not outlive them: an srun whose mpirun has died, and which proctrack/linuxproc
         therefore no longer finds, waits for the step of a lost node, and KillWait later cancels
-        the step of that number, which would be one of the job's next life.
+        the step of that number, which would be one of the job's next life. Two seconds are left: in
+        the second of its requeueing, nodes refuse a job ("Job credential revoked").
         """
         shown = self.shown(job)
-        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
+        life = (job, shown["Restarts"])
+        waits = (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime")
+        if waits and life not in self._hurried:
+            self._hurried.add(life)
             _kill(self._holding(f"SLURM_JOB_ID={job}"))
-            self("scontrol", "update", f"jobid={job}", "StartTime=now")
+            self("scontrol", "update", f"jobid={job}", "StartTime=now+2")
 
     def logs(self) -> str:
         """The daemons' last words."""
