@@ -63,9 +63,9 @@ demo: install
 		echo "not root, or no apt: tests of Slurm and modulefiles run where both are installed"; \
 	fi
 
-# Three files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
+# Two files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
 test: .venv/installed-test .venv/installed-slurm
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--ignore tests/test_slurm_jobs.py
 	$(BIN)/python -m pytest tests/test_slurm_jobs.py
 

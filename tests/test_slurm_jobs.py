@@ -235,7 +235,7 @@ def test_an_array_over_configurations(struck: Submitted, cluster: Cluster, tmp_p
 
 
 def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
-    """Preempted it goes on when it may; cancelled it does not, and loses a commit at most."""
+    """Preempted or signalled it goes on; cancelled it does not, and loses a commit at most."""
     words = [*LONG, *sets("plan.workers=1", "plan.small_workers=0"), "--sbatch", "nodelist=n4"]
     job = Submitted(cluster, tmp_path, "digits", *words, SLOW="1")
     job.wait_for_life(1)
@@ -247,13 +247,16 @@ def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: P
     job.wait_for_life(2)
     (resumed,) = [event for event in events(job.run) if event["event"] == "resume"]
     assert resumed["commit"] > 0
+    cluster("scancel", "--signal=USR1", "--batch", job.number)
+    job.wait_for_life(3)
+    assert [e["signal"] for e in events(job.run) if e["event"] == "interrupted"][-1] == "SIGUSR1"
     cluster("scancel", job.number)
     job.wait("CANCELLED")
     # Slurm signals mpirun too, which ends its ranks, mostly before they have saved.
     made = [event["commit"] for event in read_events(job.run) if event["event"] == "commit"]
     newest = max((job.run / "checkpoint").glob("[0-9]*.pt"))
     assert int(newest.stem) >= made[-1] - 1
-    assert cluster.shown(job.number)["Restarts"] == "1"
+    assert cluster.shown(job.number)["Restarts"] == "2"
 
 
 def test_a_lost_worker_with_ulfm(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:

@@ -282,10 +282,11 @@ def test_bsp_on_more_servers_gives_the_same_bits(
     assert_same_bits(simulate("bsp-2", **{"server.servers": 4}).model, one)
 
 
-def test_asp_on_more_servers_gives_the_same_on_the_virtual_clock(
-    simulate: Callable[..., Done],
+@pytest.mark.parametrize("name", ["asp-3", "ssp-4"])
+def test_more_servers_give_the_same_on_the_virtual_clock(
+    name: str, simulate: Callable[..., Done]
 ) -> None:
-    one, more = simulate("asp-3"), simulate("asp-3", **{"server.servers": 3})
+    one, more = simulate(name), simulate(name, **{"server.servers": 3})
     assert_same_bits(more.model, one.model)
     assert without_times(more.commits) == without_times(one.commits)
 
