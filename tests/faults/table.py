@@ -48,6 +48,8 @@ class Scenario(NamedTuple):
     accidents : tuple of Accident
     overrides : tuple of str
         Settings of their own.
+    step_seconds : float
+        What each training step takes beside its work, so that the run outlasts the accidents.
     """
 
     ranks: int
