@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from dali_pipelines.shards import write_whole
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.run.build import choose_place, make_trainer
@@ -15,6 +18,8 @@ from hpc_hdb.train.trainer import choose_precision
 
 _BOUND_ON_GPU = 16384
 _BOUND_ON_CPU = 256
+_ROOM = 4096
+"""Bytes that a timing.json takes at most, nearly."""
 
 
 def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[int, Timing]:
@@ -41,6 +46,10 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
     """
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
+    with _choosing_another(output):  # told now rather than after minutes of measuring
+        probe = output.with_name(f"{output.name}.probe")
+        write_whole(probe, bytes(_ROOM))
+        probe.unlink()
     place = choose_place(settings)
     place.settle()
     prepare_data(settings.data)
@@ -61,10 +70,16 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
         "precision": str(choose_precision(settings.train, place.device)).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    try:
+    with _choosing_another(output):
         write_timing(output, timings, about)
+    return timings
+
+
+@contextmanager
+def _choosing_another(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror}: choose another --output"
         ) from None
-    return timings

@@ -65,7 +65,7 @@ class DaliLoader:
         self._threads = max(1, threads)
         self._augmentation = augmentation
         self._device = device
-        self._plain = Form(data.encoded, channels_last=device.type == "cuda")
+        self._plain = Form(data.encoded, channels_last=True)
         self._form = replace(self._plain, crops=augmentation.crops, change=augmentation.change)
         self._readers = ThreadPoolExecutor(READERS)
         self._idle: dict[int, Feed] = {}  # by resolution, the least recently used first

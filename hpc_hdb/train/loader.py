@@ -71,7 +71,7 @@ class Loader(Protocol):
         Yields
         ------
         images : Tensor, shape (b, 3, resolution, resolution), float32
-            Normalised, on the loader's device.
+            Normalised, on the loader's device, channels-last in memory.
         labels : Tensor, shape (b,), int64
             On the loader's device.
         """
@@ -187,9 +187,7 @@ class TorchLoader:
         pixels = normalise(images)
         if self._augmentation.change != "none":
             pixels = transform(pixels, draws)
-        if self._device.type == "cuda":
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return pixels
+        return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def draws_of(augmentation: Augmentation, sizes: Sequence[int], seed: int) -> list[Draws]:

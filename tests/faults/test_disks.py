@@ -116,7 +116,7 @@ def test_a_timing_file_is_not_lost_to_a_full_disk(here: Path, disk: Callable[[st
     ):
         while True:
             ballast.write(bytes(512))
-    words = ["hdb", "profile", "mine.toml", "--bound", "4", "--output", timing]
+    words = ["hdb", "profile", "mine.toml", "--output", timing]
     refused(*words, told=f"cannot write {timing}: No space left on device: choose", cwd=here)
     assert timing.read_text() == '{"resolutions": {}}'
     assert sorted(path.name for path in folder.iterdir()) == ["ballast", "timing.json"]
