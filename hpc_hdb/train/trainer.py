@@ -20,6 +20,7 @@ from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.model import set_dropout, set_rows
 from hpc_hdb.train.parameters import FlatModel
+from hpc_hdb.train.sgd import EagerSGD
 
 if TYPE_CHECKING:
     from hpc_hdb.cluster.groups import RankGroup
@@ -102,7 +103,7 @@ class Trainer:
         self._dtype = choose_precision(settings, self.device)
         self._scaler = torch.amp.GradScaler(enabled=self._dtype == torch.float16)
         self._group = group
-        self._optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        self._optimizer: torch.optim.Optimizer = EagerSGD(
             model.parameters(),
             lr=0.0,  # set by each round's order; profiling leaves the weights alone
             momentum=settings.momentum,
