@@ -46,8 +46,6 @@ def find_launcher() -> Launched | None:
 
 def check_mpi(launched: Launched) -> None:
     """Start MPI, and raise UserError where it cannot or does not see the launcher's ranks."""
-    # What waits within MPI, like Horovod's thread, leaves its core to what computes.
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
