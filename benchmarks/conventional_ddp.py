@@ -45,7 +45,8 @@ def main() -> None:
     )
     data = open_data(settings.data, "train")
     torch.manual_seed(0)
-    model = DistributedDataParallel(build_model(settings.model, len(data.classes)))
+    model = build_model(settings.model, len(data.classes)).to(memory_format=torch.channels_last)
+    model = DistributedDataParallel(model)
     loader = TorchLoader(data, 0, Augmentation())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     seconds = []
