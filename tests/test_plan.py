@@ -506,6 +506,22 @@ def test_an_epoch_is_cut_whole_and_in_proportion(plan: DualBatchPlan, samples: i
         assert abs((end - start) - samples * share / sum(wanted)) < 1
 
 
+@given(shares(), st.integers(1, 1000), st.integers(0, 8), st.data())
+def test_the_slowest_worker_is_left_with_something(
+    plan: DualBatchPlan, samples: int, least: int, data: st.DataObject
+) -> None:
+    speeds = st.floats(1e-3, 1e3)
+    slowness = data.draw(st.lists(speeds, min_size=plan.workers, max_size=plan.workers))
+    bounds = epoch_bounds(plan, samples, slowness, least)
+    assert (bounds[0], bounds[-1]) == (0, samples)
+    sizes = [end - start for start, end in pairwise(bounds)]
+    assert min(sizes) >= min(least, samples // plan.workers) - 1
+    wanted = [plan.large_share] * plan.large_workers + [plan.small_share] * plan.small_workers
+    fair = [share / slow for share, slow in zip(wanted, slowness, strict=True)]
+    if min(fair) / sum(fair) * samples >= least:
+        assert sizes == pytest.approx([samples * each / sum(fair) for each in fair], abs=1)
+
+
 @given(st.integers(1, 5000), st.integers(1, 600))
 def test_batches_are_even_and_none_is_too_large(samples: int, largest: int) -> None:
     sizes = split_evenly(samples, largest)

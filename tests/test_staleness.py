@@ -1,4 +1,4 @@
-"""Slow workers, on the virtual clock: who runs ahead in ASP, and how far in SSP."""
+"""Slow workers: who runs ahead in ASP, and how far in SSP; shares that follow the speeds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import events, succeed
 from programs.runs import PROGRAMS, leads
 
 from hpc_hdb.cluster.virtual import VirtualCluster
@@ -154,6 +155,31 @@ def test_adaptive_shares_make_a_slow_worker_cost_its_own_share_alone(
         for position in range(commit["begin"], commit["end"])
     )
     assert visits == {(epoch, position): 1 for epoch in range(4) for position in range(60)}
+
+
+@pytest.mark.parametrize("sync", ["bsp", "ssp"])
+def test_adaptive_shares_follow_the_speeds_that_are_measured(sync: str, tmp_path: Path) -> None:
+    """Real ranks, the last of which needs 0.15 s more for each step."""
+    out = tmp_path / "out"
+    settings = settings_for(sync, adaptive=True).model_dump(mode="json", exclude_defaults=True)
+    settings["model"]["name"] = "models:watched"
+    settings["data"]["synthetic_samples"] = 240
+    settings["schedule"]["epochs"] = 8
+    settings["run"] = {"output": str(out)}
+    config = tmp_path / "slow.toml"
+    config.write_text(parse_settings(settings, "test").to_toml())
+    succeed("hdb", "train", config, ranks=4, cwd=PROGRAMS, SLOW="3", SLOW_SECONDS="0.15")
+    shares = Counter[tuple[int, int]]()
+    commits = [event for event in events(out) if event["event"] == "commit"]
+    for commit in commits:
+        shares[commit["epoch"], commit["worker"]] += commit["samples"]
+    assert [shares[0, worker] for worker in (1, 2, 3)] == [80, 80, 80]
+    for epoch in range(8):
+        assert sum(shares[epoch, worker] for worker in (1, 2, 3)) == 240
+    for epoch in range(3, 8):
+        assert shares[epoch, 3] < 40
+    measured = [event["slowness"] for event in events(out) if event["event"] == "adapted"]
+    assert all(slow > 3 * max(others) for *others, slow in measured[:1])
 
 
 def epoch_seconds(run: Run, epoch: int) -> float:

@@ -17,6 +17,9 @@ from itertools import accumulate
 from hpc_hdb.plan.dual_batch import DualBatchPlan, Group
 from hpc_hdb.plan.progressive import Stage, stage_index
 
+_FEWEST = 2
+"""Samples of a round of the slowest worker: batch normalisation fails on one."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -66,7 +69,9 @@ def rows_of(batch: int, rank: int, ranks: int) -> slice:
     return slice(begin, begin + share + (rank < rest))
 
 
-def epoch_bounds(plan: DualBatchPlan, samples: int, slowness: Sequence[float] = ()) -> list[int]:
+def epoch_bounds(
+    plan: DualBatchPlan, samples: int, slowness: Sequence[float] = (), least: int = 0
+) -> list[int]:
     """Where the epoch's permutation is cut into the workers' slots, large ones first.
 
     The plan's shares are rounded and may miss `samples` by a few; the cuts hit it exactly,
@@ -76,6 +81,8 @@ def epoch_bounds(plan: DualBatchPlan, samples: int, slowness: Sequence[float] = 
     ----------
     slowness : sequence of float, length ``workers``, optional
         How many times as long as predicted each worker takes; its slot is smaller by as much.
+    least : int
+        Samples that even the slowest worker's slot has, unless an even share has fewer.
 
     Returns
     -------
@@ -85,8 +92,24 @@ def epoch_bounds(plan: DualBatchPlan, samples: int, slowness: Sequence[float] = 
     shares = [plan.large_share] * plan.large_workers + [plan.small_share] * plan.small_workers
     if slowness:
         fair = [share / slow for share, slow in zip(shares, slowness, strict=True)]
-        return [0, *(round(samples * end / sum(fair)) for end in accumulate(fair))]
+        fair = _at_least(min(least, samples // len(shares)) / samples, fair)
+        return [0, *(round(samples * end) for end in accumulate(fair))]
     return [0, *(samples * end // sum(shares) for end in accumulate(shares))]
+
+
+def _at_least(least: float, weights: Sequence[float]) -> list[float]:
+    """Proportions that add up to 1: those of `weights`, but none below `least`."""
+    few: set[int] = set()
+    while True:
+        rest = sum(weight for place, weight in enumerate(weights) if place not in few)
+        left = 1 - least * len(few)
+        fair = [
+            least if place in few else left * weight / rest for place, weight in enumerate(weights)
+        ]
+        fewer = {place for place, share in enumerate(fair) if share < least}
+        if not fewer:
+            return fair
+        few |= fewer
 
 
 @dataclass(frozen=True)
@@ -372,5 +395,6 @@ class RoundBook:
             last = self.cuts[-1]
             first = {group: self._first_round(last, group, epoch) for group in Group}
             commits = self._commits_at(last, epoch)
-        bounds = tuple(epoch_bounds(plan, self._samples, slowness))
+        least = _FEWEST * self._parts
+        bounds = tuple(epoch_bounds(plan, self._samples, slowness, least))
         self.cuts.append(Cut(epoch, plan.large_workers, plan.small_workers, bounds, commits, first))

@@ -35,9 +35,9 @@ class Heavy(Tiny):
 
 
 class Watched(Tiny):
-    """Writes what each training step is given to ``$WATCH/RANK``; rank $SLOW takes its time.
+    """Writes what each training step is given to ``$WATCH/RANK``.
 
-    In a Slurm job only in its first $SLOW_LIVES lives.
+    Rank $SLOW takes $SLOW_SECONDS more, in a Slurm job only in its first $SLOW_LIVES lives.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Watched(Tiny):
         lives = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
         hurried = lives > int(os.environ.get("SLOW_LIVES", lives))
         if self.training and rank and rank == os.environ.get("SLOW") and not hurried:
-            time.sleep(0.03)
+            time.sleep(float(os.environ.get("SLOW_SECONDS", "0.03")))
         return super().forward(images)
 
 
