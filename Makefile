@@ -63,8 +63,13 @@ demo: install
 		echo "not root, or no apt: tests of Slurm and modulefiles run where both are installed"; \
 	fi
 
+# Beside .venv's own MPI, for the test of srun.
+.venv/mpich: | .venv/bin/python
+	@echo "installing MPICH for the tests ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefix $@ 'mpich>=5'
+
 # Two files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
-test: .venv/installed-test .venv/installed-slurm
+test: .venv/installed-test .venv/installed-slurm .venv/mpich
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--ignore tests/test_slurm_jobs.py
 	$(BIN)/python -m pytest tests/test_slurm_jobs.py

@@ -130,6 +130,12 @@ class Cluster:
         _kill([root.pid, *_below(root.pid), *self._steps_of(name)])
         root.wait()
 
+    def lose_daemon(self, name: str) -> None:
+        """Kill a node's slurmd alone: what it has started goes on."""
+        daemon = self._daemons.pop(name)
+        daemon.kill()
+        daemon.wait()
+
     def lose_rank(self, job: str, rank: int) -> None:
         """End one rank as the kernel does where memory runs out."""
         _kill(self._holding(f"SLURM_JOB_ID={job}", f"OMPI_COMM_WORLD_RANK={rank}"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import events, succeed
+from conftest import BIN, events, succeed
 from endings import sets
 from PIL import Image
 from programs.runs import PROGRAMS, assert_same_bits, final_model
@@ -288,6 +288,24 @@ def test_srun_ends_a_job_that_has_lost_a_rank(
     assert "task 1: Killed" in job.out
 
 
+def test_srun_starts_mpich(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm and MPICH both speak PMI-2, so srun starts ranks on both nodes without an mpirun."""
+    library = BIN.parent / "mpich/lib"
+    if not (library / "libmpi.so.12").exists():
+        pytest.skip("no MPICH here: make .venv/mpich")
+    site = tmp_path / "site.toml"
+    site.write_text(
+        f"{SITE}launcher = 'srun --mpi=pmi2'\n"
+        f"setup = ['export MPI4PY_MPIABI=mpich LD_LIBRARY_PATH={library}']\n"
+    )
+    words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=3"), "--nodes", "2"]
+    job = Submitted(cluster, tmp_path, *words, "--sbatch", "nodelist=n3,n4", HDB_SITE=str(site))
+    job.wait("COMPLETED")
+    (start,) = [event for event in events(job.run) if event["event"] == "start"]
+    assert start["versions"]["mpi"].startswith("MPICH Version: 5.")
+    assert_one_run(job.run, workers=3, epochs=2)
+
+
 def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """A worker's node, then the server's, go out like a light: the script requeues, then Slurm."""
     epochs = sets("schedule.epochs=20", "run.evaluate_every=20")
@@ -303,6 +321,27 @@ def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None
     job.wait_for_start(3)
     assert job.wait("COMPLETED")["Restarts"] == "2"
     assert job.lives() == 3
+    assert_one_run(job.run, workers=2, epochs=20)
+
+
+def test_a_killed_slurmd(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm starts the job again elsewhere, while all its ranks still run: they make way."""
+    words = [*LONG, *sets("schedule.epochs=20", "run.evaluate_every=20")]
+    job = Submitted(
+        cluster, tmp_path, "digits", *words, "--sbatch", "exclude=n1,n2", SLOW="1", SLOW_LIVES="1",
+    )  # fmt: skip
+    job.wait_for_life(1)
+    node = cluster.shown(job.number)["NodeList"]
+    cluster.lose_daemon(node)
+    cluster.wait(job.number, "PENDING")
+    before = job.commits()
+    wait_until(lambda: job.commits() > before, 60, "a commit of the first life")
+    cluster("scontrol", "update", f"jobid={job.number}", "StartTime=now+2")
+    wait_until(lambda: job.lives() == 2, 120, "the second life")
+    assert job.wait("COMPLETED")["Restarts"] == "1"
+    cluster.start_node(node)
+    assert "is still in use by an earlier life of this job" in " ".join(job.out.split())
+    assert "was taken over by another run" in job.out
     assert_one_run(job.run, workers=2, epochs=20)
 
 

@@ -61,6 +61,12 @@ def world() -> MPI.Intracomm:
     return MPI.COMM_WORLD.Dup()
 
 
+def library() -> str:
+    """Name and version of the MPI library, such as "Open MPI v5.0.11"."""
+    line = MPI.Get_library_version().split(",")[0].split("\n")[0]
+    return " ".join(line.strip("\0").split())
+
+
 def wait_until(done: Callable[[], bool], timeout: float = float("inf")) -> bool:
     """Wait for `done`, first eagerly, then asleep; False after `timeout` seconds.
 

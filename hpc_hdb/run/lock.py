@@ -8,7 +8,9 @@ bytes change every 15 seconds. A job that finds one takes it for dead
   Slurm job, or where nothing has been heard of it for three minutes, by the file system's clock;
 - else once that time is over. If the bytes change meanwhile, the holder is alive.
 
-A holder that finds another's heartbeat in the place of its own was thought dead, and stops.
+A holder that finds another's heartbeat in the place of its own was thought dead, and stops. So does
+an earlier life of a Slurm job that is still there, as on a node whose daemon alone has died: the
+next life puts its own heartbeat there, and waits for the kernel's lock.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hpc_hdb.errors import UserError
 
@@ -62,10 +64,16 @@ class FolderLock:
             "token": uuid.uuid4().hex,
         }
         self._beats = 0
-        self._file = self._lock_file()
+        self._file = (folder / ".lock").open("a+")
         try:
+            locked = self._lock()
+            if not locked and not self._follows(_parse(self._seen())):
+                self._file.seek(0)
+                raise self._in_use(self._file.read().strip() or "another process")
             while not self._begin():
                 self._displace(note)
+            if not locked:
+                self._outlast(note)
         except BaseException:
             self._file.close()
             raise
@@ -93,8 +101,8 @@ class FolderLock:
             self._looked.wait(_LOOK_SECONDS)  # no longer: its disk may hang
         if self._lost is not None:
             raise UserError(
-                f"{self._folder} was taken over by another run ({self._lost}), which had heard "
-                "nothing of this one for minutes: this one ends here"
+                f"{self._folder} was taken over by another run ({self._lost}), for which this one "
+                "was dead: this one ends here"
             )
 
     def release(self) -> None:
@@ -107,18 +115,29 @@ class FolderLock:
                 self._path.unlink()
         self._file.close()
 
-    def _lock_file(self) -> IO[str]:
-        """The lock file, locked as far as the file system can."""
-        file = (self._folder / ".lock").open("a+")
+    def _lock(self) -> bool:
+        """Lock the lock file as far as the file system can; False where another process has it."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            with file:
-                file.seek(0)
-                raise self._in_use(file.read().strip() or "another process") from None
+            return False
         except OSError:
             pass  # this file system has no locks: the heartbeat alone decides
-        return file
+        return True
+
+    def _outlast(self, note: Callable[[str], None]) -> None:
+        """Wait until an earlier life has found our heartbeat, and ended."""
+        note(f"{self._folder} is still in use by an earlier life of this job: waiting for its end")
+        end = time.monotonic() + _STALE_SECONDS
+        while not self._lock() and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+
+    def _seen(self) -> bytes:
+        """The heartbeat that is there."""
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def _begin(self) -> bool:
         """Put a heartbeat where there is none; of several processes one succeeds."""
@@ -180,11 +199,14 @@ class FolderLock:
         return True
 
     def _is_gone(self, holder: dict[str, Any]) -> bool:
-        """Whether the holder is known to be dead, without waiting."""
-        if holder.get("host") == self._about["host"]:
-            return not _runs(holder.get("process"))
-        earlier = holder.get("life") != self._about["life"]
-        return bool(holder.get("job")) and holder["job"] == self._about["job"] and earlier
+        """Whether the holder is known to be dead, or as good as that, without waiting."""
+        here = holder.get("host") == self._about["host"]
+        return self._follows(holder) or (here and not _runs(holder.get("process")))
+
+    def _follows(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder is of an earlier life of this Slurm job."""
+        job, life = holder.get("job"), holder.get("life")
+        return bool(job) and job == self._about["job"] and life != self._about["life"]
 
     def _silent_seconds(self) -> float:
         """Seconds since the last heartbeat, by the clock of the file system."""

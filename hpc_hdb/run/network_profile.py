@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hpc_hdb.cluster.mpi import wait_until, world
+from hpc_hdb.cluster.mpi import library, wait_until, world
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
@@ -65,7 +65,7 @@ def profile_network(settings: Settings, output: Path) -> tuple[Network | None, P
             "ranks": comm.size,
             "nodes": len(set(nodes)),
             "model_bytes": 4 * size,
-            "mpi": MPI.Get_library_version().split(",")[0].strip("\x00\n "),
+            "mpi": library(),
         }
         try:
             write_network(path, network, about)

@@ -161,6 +161,17 @@ def _about(
     settings: Settings, plan: TrainingPlan, mode: str, device: torch.device
 ) -> dict[str, Any]:
     shares = plan.shares
+    versions = {
+        "hpc-hdb": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "numpy": np.__version__,
+    }
+    if mode == "mpi":
+        from hpc_hdb.cluster.mpi import library
+
+        versions["mpi"] = library()
     return {
         "mode": mode,
         "sync": settings.server.sync,
@@ -173,11 +184,5 @@ def _about(
         "update_factor": shares.update_factor,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {
-            "hpc-hdb": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": metadata.version("torchvision"),
-            "numpy": np.__version__,
-        },
+        "versions": versions,
     }

@@ -15,6 +15,8 @@ from pathlib import Path
 from conftest import events
 from endings import LONG, SIMULATE, TRAIN, Job, assert_refusal, checkpoints
 
+from hpc_hdb.report.events import read_events
+
 RESUME = ["hdb", "simulate", "--resume", "out"]
 
 
@@ -105,6 +107,21 @@ def test_a_requeued_job_is_not_held_up_by_its_earlier_life(here: Path) -> None:
     write_heartbeat(here, values | {"host": "elsewhere"})
     _, printed = goes_on(here, SLURM_JOB_ID="4711", SLURM_RESTART_COUNT="1")
     assert "in use" not in printed
+
+
+def test_a_requeued_job_ends_an_earlier_life_that_is_still_there(here: Path) -> None:
+    """As on a node of which Slurm has lost sight."""
+    first = started(here, *SIMULATE, *LONG, SLURM_JOB_ID="4711")
+    second = Job(*RESUME, cwd=here, SLURM_JOB_ID="4711", SLURM_RESTART_COUNT="1")
+    ending = first.end()
+    assert_refusal(ending, "out was taken over by another run (process ", "this one ends here")
+    second.until(lambda: resumes(here))
+    second.signal(signal.SIGUSR1)
+    ending = second.end()
+    assert ending.status == 128 + signal.SIGUSR1
+    assert "out is still in use by an earlier life of this job" in " ".join(ending.out.split())
+    made = [event["commit"] for event in read_events(here / "out") if event["event"] == "commit"]
+    assert made == list(range(1, len(made) + 1))
 
 
 def test_a_job_thought_dead_ends_once_it_wakes_up(here: Path) -> None:
