@@ -74,7 +74,7 @@ def lead(
         return cluster.run(server, worker)
 
     link, names = cluster.server, image_name(data, settings)
-    with results_in(folder.path):
+    with results_in(folder.path, folder.check):
         status = serve(settings, folder, plan, evaluator, link, progress, drive, "mpi", names)
     group.close()
     return status

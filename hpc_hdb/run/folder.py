@@ -194,14 +194,19 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def results_in(path: Path) -> Iterator[None]:
-    """For the time in which a run writes into its folder `path`: a failing disk is a UserError."""
+def results_in(path: Path, check: Callable[[], None] | None = None) -> Iterator[None]:
+    """For the time in which a run writes into its folder `path`: a failing disk is a UserError.
+
+    So is, if `check` says so, another run that has taken the folder over and tidied it up.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):  # torch.save hides it behind a RuntimeError
             raise
+        if check is not None:
+            check()
         advice = _ADVICE.get(cause.errno or 0, "mend that")
         raise UserError(
             f"run folder {path}: {_reason(cause)}: {advice}, then go on with "

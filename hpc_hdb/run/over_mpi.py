@@ -160,7 +160,7 @@ def _run(
         link = MpiServerLink(split.links, servers)
     else:
         link = MpiServerLink(split.links, servers, recruiter(job))
-    with results_in(folder.path):
+    with results_in(folder.path, folder.check):
         name = image_name(data, settings)
         status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)
     if link.present:  # interrupted, and some worker has not come out of its step for long

@@ -108,5 +108,5 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     if not folder.resumed:
         folder.begin(settings, plan)
     link, names = cluster.server, image_name(data, settings)
-    with results_in(folder.path):
+    with results_in(folder.path, folder.check):
         return serve(settings, folder, plan, evaluator, link, progress, drive, "virtual", names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -86,10 +87,12 @@ def test_a_crash_on_this_node_holds_nobody_up(here: Path) -> None:
 def test_a_crash_on_another_node_holds_the_next_up_for_some_minutes(here: Path) -> None:
     """Of which most have passed."""
     values = killed(here) | {"host": "elsewhere", "job": "17"}
-    write_heartbeat(here, values, seconds_ago=165)
+    write_heartbeat(here, values, seconds_ago=160)
     seconds, printed = goes_on(here)
     who = f"(process {values['process']} on elsewhere, job 17)"
-    assert f"out may be in use by a run {who}, last heard of 16" in printed
+    assert re.search(
+        rf"out may be in use by a run {re.escape(who)}, last heard of 1[67]\d ", printed
+    )
     assert f"out is taken over from a run {who}" in printed
     assert seconds > 5
 
