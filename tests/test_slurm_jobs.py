@@ -326,10 +326,9 @@ def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None
 
 def test_a_killed_slurmd(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """Slurm starts the job again elsewhere, while all its ranks still run: they make way."""
-    words = [*LONG, *sets("schedule.epochs=20", "run.evaluate_every=20")]
     job = Submitted(
-        cluster, tmp_path, "digits", *words, "--sbatch", "exclude=n1,n2", SLOW="1", SLOW_LIVES="1",
-    )  # fmt: skip
+        cluster, tmp_path, "digits", *LONG, "--sbatch", "exclude=n1,n2", SLOW="1", SLOW_LIVES="1"
+    )
     job.wait_for_life(1)
     node = cluster.shown(job.number)["NodeList"]
     cluster.lose_daemon(node)
@@ -342,7 +341,7 @@ def test_a_killed_slurmd(struck: Submitted, cluster: Cluster, tmp_path: Path) ->
     cluster.start_node(node)
     assert "is still in use by an earlier life of this job" in " ".join(job.out.split())
     assert "was taken over by another run" in job.out
-    assert_one_run(job.run, workers=2, epochs=20)
+    assert_one_run(job.run, workers=2, epochs=80)
 
 
 def test_the_time_limit(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
