@@ -72,8 +72,6 @@ class FolderLock:
                 raise self._in_use(self._file.read().strip() or "another process")
             while not self._begin():
                 self._displace(note)
-            if not locked:
-                self._outlast(note)
         except BaseException:
             self._file.close()
             raise
@@ -82,6 +80,8 @@ class FolderLock:
         self._released = False
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
+        if not locked:
+            self._outlast(note)
 
     def sign(self) -> None:
         """Say in the lock file who holds the lock, for whom the kernel keeps out."""
