@@ -21,6 +21,7 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.plan.network import Network, fit_network
 from hpc_hdb.run.build import choose_place
 from hpc_hdb.run.network import NETWORK_FILE, write_network
+from hpc_hdb.run.profiling import writing
 from hpc_hdb.run.scale import guess_classes, model_bytes
 from hpc_hdb.run.timed_rounds import UNSTEADY, rest, time_rounds
 from hpc_hdb.train.merge import merge_weighted
@@ -67,12 +68,8 @@ def profile_network(settings: Settings, output: Path) -> tuple[Network | None, P
             "model_bytes": 4 * size,
             "mpi": library(),
         }
-        try:
+        with writing(path):
             write_network(path, network, about)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror}: choose another --output"
-            ) from None
     rest(comm)
     comm.Free()
     return network, path

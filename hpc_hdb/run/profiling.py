@@ -19,7 +19,7 @@ from hpc_hdb.train.trainer import choose_precision
 _BOUND_ON_GPU = 16384
 _BOUND_ON_CPU = 256
 _ROOM = 4096
-"""Bytes that a timing.json takes at most, nearly."""
+"""Bytes: more than most of these files take."""
 
 
 def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[int, Timing]:
@@ -46,7 +46,7 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
     """
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    with _choosing_another(output):  # told now rather than after minutes of measuring
+    with writing(output):  # told now rather than after minutes of measuring
         probe = output.with_name(f"{output.name}.probe")
         write_whole(probe, bytes(_ROOM))
         probe.unlink()
@@ -70,13 +70,14 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
         "precision": str(choose_precision(settings.train, place.device)).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    with _choosing_another(output):
+    with writing(output):
         write_timing(output, timings, about)
     return timings
 
 
 @contextmanager
-def _choosing_another(output: Path) -> Iterator[None]:
+def writing(output: Path) -> Iterator[None]:
+    """For the time in which `output` is written: a failing disk is a UserError."""
     try:
         yield
     except OSError as error:
