@@ -57,7 +57,7 @@ demo: install
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing Slurm and Lmod for the tests ..."; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes \
-			--no-install-recommends slurm-wlm munge lmod >/dev/null && touch $@ \
+			--no-install-recommends slurm-wlm munge libpmix-dev lmod >/dev/null && touch $@ \
 			|| echo "apt did not install them: their tests will be skipped"; \
 	else \
 		echo "not root, or no apt: tests of Slurm and modulefiles run where both are installed"; \

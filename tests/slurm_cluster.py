@@ -124,6 +124,15 @@ class Cluster:
         """Where that disk is seen from outside."""
         return self.folder / f"disk-{node}"
 
+    @property
+    def pmix(self) -> bool:
+        """Whether Slurm finds the PMIx library that it was built with."""
+        words = ["srun", "--mpi=pmix", "--ntasks=1", "true"]
+        environment = self.environment
+        return not subprocess.run(
+            words, env=environment, capture_output=True, check=False
+        ).returncode
+
     def lose_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon, and all that it has started."""
         root = self._daemons.pop(name)
@@ -228,6 +237,7 @@ class Cluster:
         for path in (self.folder / "state", self.local, *map(self.disk, self.nodes)):
             path.mkdir()
         (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "mpi.conf").write_text(f"PMIxCliTmpDirBase={self.local}\n")
         for number in range(GPUS):  # stands for /dev/nvidia0, ...
             (self.folder / f"gpu{number}").touch()
         devices = f"{self.folder}/gpu[0-{GPUS - 1}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from hpc_hdb.cli import app
 from hpc_hdb.report.events import read_events
 
 SAMPLES = 240
+MPICH = BIN.parent / "mpich/lib"
 SITE = """
 cpus_per_task = 1
 bind = false
@@ -288,22 +290,73 @@ def test_srun_ends_a_job_that_has_lost_a_rank(
     assert "task 1: Killed" in job.out
 
 
-def test_srun_starts_mpich(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm and MPICH both speak PMI-2, so srun starts ranks on both nodes without an mpirun."""
-    library = BIN.parent / "mpich/lib"
-    if not (library / "libmpi.so.12").exists():
-        pytest.skip("no MPICH here: make .venv/mpich")
+@pytest.mark.parametrize(
+    ("kind", "library", "setup"),
+    [
+        ("pmi2", "MPICH Version: 5.", f"export MPI4PY_MPIABI=mpich LD_LIBRARY_PATH={MPICH}"),
+        ("pmix", "Open MPI v5.", "true"),
+    ],
+    ids=["mpich", "openmpi"],
+)
+def test_srun_starts_the_ranks(
+    struck: Submitted, cluster: Cluster, tmp_path: Path, kind: str, library: str, setup: str
+) -> None:
+    """On both nodes without an mpirun, where Slurm and the MPI speak the same PMI."""
+    lacks = {
+        "pmi2": None if (MPICH / "libmpi.so.12").exists() else "MPICH: make .venv/mpich",
+        "pmix": None if cluster.pmix else "PMIx for Slurm: apt-get install libpmix-dev",
+    }
+    if lacks[kind]:
+        pytest.skip(f"no {lacks[kind]}")
     site = tmp_path / "site.toml"
-    site.write_text(
-        f"{SITE}launcher = 'srun --mpi=pmi2'\n"
-        f"setup = ['export MPI4PY_MPIABI=mpich LD_LIBRARY_PATH={library}']\n"
-    )
+    site.write_text(f"{SITE}launcher = 'srun --mpi={kind}'\nsetup = ['{setup}']\n")
     words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=3"), "--nodes", "2"]
     job = Submitted(cluster, tmp_path, *words, "--sbatch", "nodelist=n3,n4", HDB_SITE=str(site))
     job.wait("COMPLETED")
     (start,) = [event for event in events(job.run) if event["event"] == "start"]
-    assert start["versions"]["mpi"].startswith("MPICH Version: 5.")
+    assert start["versions"]["mpi"].startswith(library)
     assert_one_run(job.run, workers=3, epochs=2)
+
+
+def test_the_doctor_tells_which_launchers_work(
+    struck: Submitted, cluster: Cluster, tmp_path: Path
+) -> None:
+    if not cluster.pmix:
+        pytest.skip("no PMIx for Slurm: apt-get install libpmix-dev")
+    words = "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path}/out"
+    job = cluster("sbatch", *words, "--wrap=hdb doctor --json").strip()
+    cluster.wait(job, "COMPLETED")
+    findings = json.loads((tmp_path / "out").read_text())
+    (found,) = [each["found"] for each in findings if each["part"] == "launcher"]
+    told = dict(line.split(": ") for line in found.splitlines())
+    assert told["mpirun"] == told["srun --overlap --mpi=pmix"] == "works"
+    assert told["srun --overlap --mpi=pmi2"] == "does not speak this MPI's PMI"
+
+
+def test_a_profile_job(
+    struck: Submitted, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves its measurements where it was submitted, for a plan to read."""
+    monkeypatch.chdir(tmp_path)
+    one = ["resolutions=[16]", "dropout=[0.0]", "large_batch=[8]"]
+    words = ["digits", *SHORT, *sets("model.name=resnet8", *(f"schedule.{each}" for each in one))]
+    Submitted(cluster, tmp_path, *words, "--profile").wait("COMPLETED")
+    plan = succeed("hdb", "plan", *words, *sets("plan.timing=timing.json"), "--json", cwd=tmp_path)
+    line = json.loads((tmp_path / "timing.json").read_text())["resolutions"]["16"]
+    assert json.loads(plan)["stages"][0]["large_batch"] == line["large_batch"]
+
+
+def test_a_chain_of_jobs(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """The one that is interrupted submits the next, which ends the run."""
+    words = [*LONG, *sets("plan.workers=1", "plan.small_workers=0", "schedule.epochs=8")]
+    job = Submitted(cluster, tmp_path, "digits", *words, "--chain", SLOW="1", SLOW_LIVES="1")
+    job.wait_for_life(1)
+    cluster("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.wait("COMPLETED")["Restarts"] == "0"
+    (following,) = re.findall(r"Submitted batch job (\d+)", job.out)
+    cluster.wait(following, "COMPLETED")
+    assert job.lives() == 2
+    assert_one_run(job.run, workers=1, epochs=8)
 
 
 def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:

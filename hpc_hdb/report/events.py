@@ -27,6 +27,7 @@ through a resume). Events by name:
 - ``lost``: ``commit``, ``worker``, ``group``: it has died; others go on
 - ``replaced``: as ``lost``: another process trains in its place from now on
 - ``irreplaceable``: ``commit``, ``worker``: no process could be started in its place
+- ``called_off``: ``commit``, ``worker``: its replacement had not joined when all was done
 - ``plan``: ``commit``, ``from_epoch``, ``total`` (commits of the whole run), and what plan.json
   holds but the timing: the plan for the workers that are left
 - ``adapted``: as ``plan``, and ``slowness``, each worker's time relative to the predicted one, by
@@ -52,6 +53,7 @@ TROUBLES = {
     "lost": "was lost: the others take over its share",
     "replaced": "was replaced by a new process",
     "irreplaceable": "is not replaced: MPI starts no process there",
+    "called_off": "had no replacement when the run ended: the process was still starting",
     "silent": "does not answer",
     "refused": "ended a round in NaN or infinity: it is done again",
     "dropped": "is dropped: its rounds keep ending in NaN or infinity",

@@ -289,7 +289,7 @@ def _launchers() -> list[list[str]]:
         told = subprocess.run(
             ["srun", "--mpi=list"], capture_output=True, text=True, timeout=_PATIENCE, check=False
         )
-        kinds = re.findall(r"\b(pmix\w*|pmi2|cray_shasta)\b", told.stdout + told.stderr)
+        kinds = re.findall(r"\b(pmix|pmi2|cray_shasta)\b", told.stdout + told.stderr)
         found += [["srun", "--overlap", f"--mpi={kind}"] for kind in dict.fromkeys(kinds)]
     return found
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
 from hpc_hdb.plan import Group
 
+_START_SECONDS = 60.0
+"""Within which a replacement joins, at least."""
 _LATEST = 0.5
 """Weight of a worker's latest round in its measured speed."""
 
@@ -30,6 +32,8 @@ class Crew:
         Those that wait for an order.
     lacking : set of int
         Those of them that do not have the merged model.
+    awaited : set of int
+        Those of them that are being started in place of lost ones.
     newcomers : set of int
         Those of them that replace lost ones, and are in no group for reductions yet.
     owing : set of int
@@ -46,6 +50,7 @@ class Crew:
         self.waiting: set[int] = set()
         self.lacking: set[int] = set()
         self.owing: set[int] = set()
+        self.awaited: set[int] = set()
         self.newcomers: set[int] = set()
         self.commits = dict.fromkeys(self.present, 0)
         self.refused: Counter[int] = Counter()
@@ -114,20 +119,23 @@ class Crew:
         """The worker is gone; the last round that it was given, if any."""
         for members in (
             *(self.present, self.active, self.waiting),
-            *(self.lacking, self.owing, self.newcomers),
+            *(self.lacking, self.owing, self.awaited, self.newcomers),
         ):
             members.discard(worker)
         return self._orders.get(worker)
 
-    def await_replacement(self, worker: int) -> None:
+    def await_replacement(self, worker: int, now: float) -> None:
         """A process has been started in its place, and will join."""
         self.present.add(worker)
+        self.awaited.add(worker)
+        self._heard[worker] = now
         self._orders.pop(worker, None)
         self._slowness.pop(worker, None)
         self.refused.pop(worker, None)
 
     def admit(self, worker: int) -> None:
         """The replacement has joined."""
+        self.awaited.discard(worker)
         self.active.add(worker)
         self.newcomers.add(worker)
 
@@ -154,9 +162,12 @@ class Crew:
             Nor are so many predicted times of a round.
         """
         found = []
-        for worker in sorted((self.active - self.waiting) & self._orders.keys() | self.owing):
+        training = (self.active - self.waiting) & self._orders.keys()
+        for worker in sorted(training | self.owing | self.awaited):
             order = self._orders.get(worker)
-            round_seconds = order.predicted_seconds if order else 0.0
-            if now - self._heard[worker] > max(least, rounds * round_seconds):
+            usual = rounds * order.predicted_seconds if order else 0.0
+            if worker in self.awaited:
+                usual = _START_SECONDS
+            if now - self._heard[worker] > max(least, usual):
                 found.append(worker)
         return found

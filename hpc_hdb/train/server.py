@@ -181,9 +181,9 @@ class ParameterServer:
             else:
                 await self._serve_asynchronously()
             self._stop(self._crew.waiting)
+            self._call_off_replacements()
             while self._crew.present:
                 await self._next_report()
-                self._stop(self._crew.waiting)  # replacements that come late
         except Interrupted:
             await self._interrupt()
             self._model.end()
@@ -221,7 +221,7 @@ class ParameterServer:
         """BSP: one reduction over all workers each round."""
         while not self._book.finished:
             self._reports.clear()
-            while self._crew.active - self._crew.waiting:
+            while self._crew.active - self._crew.waiting or not self._crew.active:
                 worker, report = await self._next_report()
                 if report.kind == ReportKind.COMMIT:
                     await self._snapshots.make_room(worker)
@@ -271,6 +271,8 @@ class ParameterServer:
     def _adapt(self) -> None:
         """Once an epoch, let the shares follow the workers' speeds where these have changed."""
         if not self._settings.server.adapts or self._book.epoch < self._adapt_at:
+            return
+        if not self._crew.active:
             return
         self._adapt_at = int(self._book.epoch) + 1
         slowness = self._crew.slowness
@@ -325,7 +327,8 @@ class ParameterServer:
                 break  # nothing is left to do; what is under way may yet come back
             if lacking:
                 await self._model.send(worker)
-        assert self._book.finished or not self._book.idle, "a round was lost"
+        at_work = self._crew.active and not self._book.idle
+        assert self._book.finished or at_work or self._crew.awaited, "a round was lost"
         self._announce_stage()
 
     def _may_go_on(self, worker: int) -> bool:
@@ -436,7 +439,10 @@ class ParameterServer:
 
     def _lose(self, worker: int) -> None:
         """A worker has died: others do what it leaves undone."""
+        if worker not in self._crew.present:  # a replacement that was called off
+            return
         trained = worker in self._crew.active
+        wanted = trained or worker in self._crew.awaited
         order = self._crew.lose(worker)
         if order is not None:
             self._work.give_back(order)
@@ -444,13 +450,14 @@ class ParameterServer:
         self._regroup = True
         group = self._crew.group(worker).value
         self._emit("lost", {"commit": self._book.commits, "worker": worker, "group": group})
-        if not trained or self._book.finished:
+        if not wanted or self._book.finished:
             return
-        if not self._crew.active:
+        if trained and self._crew.active:
+            self._replan()
+        self._replace(worker)
+        if not self._crew.active and not self._crew.awaited:
             folder = "RUN" if self._checkpoints is None else self._checkpoints.parent
             raise UserError(f"all workers were lost: go on with hdb train --resume {folder}")
-        self._replan()
-        self._replace(worker)
 
     def _replace(self, worker: int) -> None:
         """Start another process in place of a lost worker, if that is wanted and possible."""
@@ -458,14 +465,23 @@ class ParameterServer:
             return
         if self._link.replace(worker):
             self._replaced += 1
-            self._crew.await_replacement(worker)
+            self._crew.await_replacement(worker, self._link.now())
         else:
             self._emit("irreplaceable", {"commit": self._book.commits, "worker": worker})
+
+    def _call_off_replacements(self) -> None:
+        """Nothing is left to do for those that have not joined, if they ever would."""
+        for worker in sorted(self._crew.awaited):
+            self._crew.lose(worker)
+            self._emit("called_off", {"commit": self._book.commits, "worker": worker})
+            with contextlib.suppress(UserError):  # it is where we cannot end it
+                self._link.fence(worker)
 
     def _admit(self, worker: int) -> None:
         """The replacement of a lost worker has joined."""
         if self._settings.server.sync == "ssp":  # it need not catch up
-            self._crew.commits[worker] = min(self._crew.commits[w] for w in self._crew.active)
+            others = [self._crew.commits[w] for w in self._crew.active]
+            self._crew.commits[worker] = min(others, default=self._crew.commits[worker])
         self._crew.admit(worker)
         self._regroup = True
         group = self._crew.group(worker).value

@@ -23,7 +23,8 @@ class Accident(NamedTuple):
         As `programs.faulty` knows it; the number of the time it comes follows a colon.
     outcome : str
         "lost", "replaced" (lost, and another takes its place), "dropped", "redone" (the round),
-        "spared" (it goes on), or for the whole run "ended".
+        "spared" (it goes on), "called_off" (a replacement that does not come), or for the whole
+        run "ended".
     again : bool
         It is the worker's replacement that meets with it.
     """
@@ -116,9 +117,19 @@ def _survived(mode: str) -> dict[str, Scenario]:
             ("server.replacements=2",),
             step_seconds=0.2,
         ),
+        "all at once": Scenario(
+            3,
+            (
+                Accident(1, "kill", "round:2", "replaced"),
+                Accident(2, "kill", "round:2", "lost"),
+                Accident(2, "stop", "start", "called_off", again=True),
+            ),
+            ("server.replacements=2",),
+        ),
     }
     if mode == "ssp":  # but for who may go on, the same as ASP
-        del scenarios["several at once"], scenarios["naps"]
+        for name in ("several at once", "naps", "all at once"):
+            del scenarios[name]
     return scenarios
 
 
