@@ -69,8 +69,13 @@ demo: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --prefix $@ 'mpich>=5' \
 		|| echo "going on without MPICH: its test will be skipped"
 
+# Compiled once, not by every rank that a test starts.
+.PHONY: compiled
+compiled: .venv/installed-test
+	@$(BIN)/python -m compileall -q hpc_hdb dali_pipelines tests
+
 # Two files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
-test: .venv/installed-test .venv/installed-slurm .venv/mpich
+test: compiled .venv/installed-slurm .venv/mpich
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--ignore tests/test_slurm_jobs.py
 	$(BIN)/python -m pytest tests/test_slurm_jobs.py

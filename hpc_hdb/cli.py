@@ -38,6 +38,7 @@ from hpc_hdb.config import Settings, load_settings, preset_names
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, plan_dual_batch
 from hpc_hdb.report.terminal import find_console
+from hpc_hdb.startup import lasting_imports
 
 app = typer.Typer(
     name="hdb",
@@ -115,8 +116,9 @@ def profile(
         measure(settings, output)
         return
 
-    from hpc_hdb.report.plan_tables import timing_table
-    from hpc_hdb.run.profiling import profile_device
+    with lasting_imports():
+        from hpc_hdb.report.plan_tables import timing_table
+        from hpc_hdb.run.profiling import profile_device
 
     console = find_console()
     with console.status("measuring batch times ..."):
@@ -196,8 +198,9 @@ def plan(
 
 
 def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> Any:
-    from hpc_hdb.run.planning import known_timing, make_plan
-    from hpc_hdb.train.data import open_data
+    with lasting_imports():
+        from hpc_hdb.run.planning import known_timing, make_plan
+        from hpc_hdb.train.data import open_data
 
     timing = known_timing(settings, workers)
     if timing is None:
@@ -256,8 +259,9 @@ def train(
     check_mpi(launched)
     settings, name = _settings_to_train(config, overrides, resume, best)
 
-    from hpc_hdb.report.progress import Progress
-    from hpc_hdb.run.over_mpi import train_over_mpi
+    with lasting_imports():
+        from hpc_hdb.report.progress import Progress
+        from hpc_hdb.run.over_mpi import train_over_mpi
 
     progress = Progress(find_console())
     raise typer.Exit(train_over_mpi(settings, name, resume, best, progress, data_copy))
@@ -302,8 +306,9 @@ def _train_virtually(
 ) -> NoReturn:
     settings, name = _settings_to_train(config, overrides, resume, best)
 
-    from hpc_hdb.report.progress import Progress
-    from hpc_hdb.run.virtually import train_virtually
+    with lasting_imports():
+        from hpc_hdb.report.progress import Progress
+        from hpc_hdb.run.virtually import train_virtually
 
     progress = Progress(find_console())
     if noted:
@@ -339,7 +344,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's model, or its newest checkpoint, on the held-out images."""
-    from hpc_hdb.run.evaluation import evaluate_run
+    with lasting_imports():
+        from hpc_hdb.run.evaluation import evaluate_run
 
     notes: list[str] = []
     with find_console().status("evaluating ..."):

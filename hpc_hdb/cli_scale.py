@@ -14,6 +14,7 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.report.terminal import find_console
+from hpc_hdb.startup import lasting_imports
 
 DEFAULT_COUNTS = "4,16,64,256,1024,4096,16384"
 
@@ -159,8 +160,9 @@ def measure(settings: Settings, output: Path) -> None:
         )
     check_mpi(launched)
 
-    from hpc_hdb.report.scale_tables import network_table
-    from hpc_hdb.run.network_profile import profile_network
+    with lasting_imports():
+        from hpc_hdb.report.scale_tables import network_table
+        from hpc_hdb.run.network_profile import profile_network
 
     network, path = profile_network(settings, output)
     if network is not None:

@@ -70,6 +70,7 @@ def environment(**more: str) -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_btl": "^ofi",  # which looks for fabrics for a second
         "COLUMNS": "100",
         "TMPDIR": tempfile.mkdtemp(dir=scratch()),
         "PYTHONDONTWRITEBYTECODE": "1",  # tests compare what a run leaves in a folder

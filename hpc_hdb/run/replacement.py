@@ -19,6 +19,7 @@ from mpi4py import MPI
 
 from hpc_hdb.cluster.failures import Addresses, tolerates_failures
 from hpc_hdb.cluster.launcher import describe, exit_status
+from hpc_hdb.startup import lasting_imports
 
 if TYPE_CHECKING:
     from hpc_hdb.config import Settings
@@ -92,13 +93,14 @@ def work(comm: MPI.Intracomm, job: dict[str, Any]) -> None:
     job : dict
         As `recruiter` extends it.
     """
-    from hpc_hdb.cluster.link import complete
-    from hpc_hdb.cluster.mpi import MpiWorkerLink
-    from hpc_hdb.config import Settings
-    from hpc_hdb.run.build import choose_place, make_trainer
-    from hpc_hdb.run.serve import STOP_SIGNALS
-    from hpc_hdb.train.data import open_data
-    from hpc_hdb.train.worker import run_worker
+    with lasting_imports():
+        from hpc_hdb.cluster.link import complete
+        from hpc_hdb.cluster.mpi import MpiWorkerLink
+        from hpc_hdb.config import Settings
+        from hpc_hdb.run.build import choose_place, make_trainer
+        from hpc_hdb.run.serve import STOP_SIGNALS
+        from hpc_hdb.train.data import open_data
+        from hpc_hdb.train.worker import run_worker
 
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides

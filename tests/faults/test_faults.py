@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import succeed
 from endings import Ending, Job, assert_whole, sets
 from faults.table import LIVES, SURVIVED, Life, Scenario, cells
 from programs.runs import PROGRAMS
@@ -136,7 +135,3 @@ def test_the_docs_page_tells_every_outcome() -> None:
     for _, accident in cells():
         assert accident.fault in page, accident
         assert f"`{accident.moment.partition(':')[0]}`" in page, accident
-
-
-def test_hdb_doctor_says_whether_a_job_would_go_on() -> None:
-    assert "fault" in succeed("hdb", "doctor")
