@@ -74,9 +74,9 @@ demo: install
 compiled: .venv/installed-test
 	@$(BIN)/python -m compileall -q hpc_hdb dali_pipelines tests
 
-# Two files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
+# Three files at a time: their ranks mostly wait, for one another or for a kill. Slurm's clock does not.
 test: compiled .venv/installed-slurm .venv/mpich
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder \
 		--ignore tests/test_slurm_jobs.py
 	$(BIN)/python -m pytest tests/test_slurm_jobs.py
 

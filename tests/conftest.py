@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import shutil
@@ -46,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
     items.sort(key=place)
+
+
+def pytest_sessionfinish() -> None:
+    """Commands that ran in this process have kept what was there from being tidied up."""
+    gc.unfreeze()
 
 
 @functools.cache

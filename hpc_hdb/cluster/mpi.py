@@ -40,7 +40,7 @@ REPORT, MODEL, ORDER, MERGED, INTERRUPT, INSTRUCTION, SLICE, _PORT = range(1, 9)
 """Tags of the messages."""
 
 _LAUNCHER = os.getppid()
-_SPIN_SECONDS = 0.02
+SPIN_SECONDS = 0.02
 """Longer than a commit's transfer and merge take; a rank that waits yields its core meanwhile."""
 _LONGEST_SLEEP = 0.001
 
@@ -67,8 +67,10 @@ def library() -> str:
     return " ".join(line.strip("\0").split())
 
 
-def wait_until(done: Callable[[], bool], timeout: float = float("inf")) -> bool:
-    """Wait for `done`, first eagerly, then asleep; False after `timeout` seconds.
+def wait_until(
+    done: Callable[[], bool], timeout: float = float("inf"), eagerly: float = SPIN_SECONDS
+) -> bool:
+    """Wait for `done`, so many seconds eagerly, then asleep; False after `timeout` seconds.
 
     A rank whose launcher has been killed ends here: nobody else would end it.
     """
@@ -78,7 +80,7 @@ def wait_until(done: Callable[[], bool], timeout: float = float("inf")) -> bool:
         waited = time.perf_counter() - start
         if waited > timeout:
             return False
-        if waited < _SPIN_SECONDS:
+        if waited < eagerly:
             os.sched_yield()
         elif os.getppid() != _LAUNCHER:
             os._exit(1)

@@ -31,6 +31,7 @@ from hpc_hdb.cluster.mpi import (
     ORDER,
     REPORT,
     SLICE,
+    SPIN_SECONDS,
     Groups,
     wait_until,
 )
@@ -219,6 +220,7 @@ class MpiServerLink(_MpiSliceLink):
         self.present = set(range(1, self.workers + 1))
         self._start = time.perf_counter()
         self._lost: deque[int] = deque()
+        self._quiet = False
         self._arrived = MPI.UNDEFINED
         self._reports = [bytearray(Report.layout.size) for _ in range(self.workers)]
         self._requests = [self._listen(worker) for worker in sorted(self.present)]
@@ -227,11 +229,14 @@ class MpiServerLink(_MpiSliceLink):
         return time.perf_counter() - self._start
 
     async def next_report(self, timeout: float) -> tuple[int, Report] | None:
-        if not self._lost and not wait_until(self._has_report, timeout):
+        eagerly = 0.0 if self._quiet else SPIN_SECONDS  # once after a commit, not at each call
+        self._quiet = True
+        if not self._lost and not wait_until(self._has_report, timeout, eagerly):
             return None
         if self._lost:
             return self._lost.popleft(), Report(ReportKind.LOST)
         report = Report.unpack(self._reports[self._arrived])
+        self._quiet = report.kind == ReportKind.PROGRESS  # the worker is in the middle of a round
         if report.kind == ReportKind.LEAVE:
             self.present.discard(self._arrived + 1)
         else:
