@@ -270,9 +270,8 @@ class ParameterServer:
 
     def _adapt(self) -> None:
         """Once an epoch, let the shares follow the workers' speeds where these have changed."""
-        if not self._settings.server.adapts or self._book.epoch < self._adapt_at:
-            return
-        if not self._crew.active:
+        due = self._settings.server.adapts and self._book.epoch >= self._adapt_at
+        if not due or not self._crew.active:
             return
         self._adapt_at = int(self._book.epoch) + 1
         slowness = self._crew.slowness

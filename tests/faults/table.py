@@ -130,8 +130,6 @@ def _survived(mode: str) -> dict[str, Scenario]:
     if mode == "ssp":  # but for who may go on, the same as ASP
         for name in ("several at once", "naps", "all at once"):
             del scenarios[name]
-    if mode == "asp":  # they are replaced where all are lost
-        del scenarios["replacements"]
     return scenarios
 
 
