@@ -19,7 +19,7 @@ from hpc_hdb.config import parse_settings, tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "benchmarks/accuracy/study.py"
-ROWS = tomllib.loads((STUDY.parent / "rows.toml").read_text())
+SCALES = tomllib.loads((STUDY.parent / "rows.toml").read_text())["scales"]
 IMAGES = 20
 
 
@@ -129,14 +129,16 @@ def test_validation_images_are_taken_from_those_that_train(study: Study) -> None
     assert (len(held_out), len(trained)) == (10 * IMAGES // 10, 10 * IMAGES * 9 // 10)
 
 
-@pytest.mark.parametrize("scale", ROWS["scales"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_row_is_a_configuration(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(STUDY.parent.parent)
-    from accuracy.study import settings_of
+    from accuracy.study import read_study, rows_of, settings_of
 
-    for row in ROWS["rows"]:
-        settings = parse_settings(settings_of(ROWS, scale, row), row)
-        assert settings.schedule.epochs == ROWS["scales"][scale]["set"]["schedule"]["epochs"]
+    study = read_study()
+    assert ("try-base" in rows_of(study, scale)) == (scale == "half")
+    for row in rows_of(study, scale):
+        settings = parse_settings(settings_of(study, scale, row), row)
+        assert settings.schedule.epochs == study["scales"][scale]["set"]["schedule"]["epochs"]
         assert settings.plan.workers == (1 if row.startswith("one-") else 4)
 
 

@@ -3,8 +3,8 @@
 Each row of rows.toml is trained by `hdb simulate` with several seeds, on the virtual cluster: the
 workers take turns in one process, and the virtual clock counts the time that they would take side
 by side. Runs are kept; started again, the study skips what is done and goes on with what was
-interrupted. Settings are to be chosen with --split validation, for which images are taken out of
-the training split; the test images are for the table.
+interrupted. Settings are chosen with --scale half --split validation, for which images are taken
+out of the training split, among the candidates too; the test images are for the table.
 """
 
 from __future__ import annotations
@@ -26,10 +26,21 @@ from accuracy.results import Run, plot, table, verdicts
 from hpc_hdb.config import Settings, parse_settings, read_settings, tomllib
 
 ROWS = Path(__file__).with_name("rows.toml")
+_CHOOSES = "half"
 HELD_OUT = 10
 """One image in so many is taken out of the training split for the validation."""
 
 Table = dict[str, Any]
+
+
+def read_study() -> Table:
+    """The scales and rows of rows.toml."""
+    study = tomllib.loads(ROWS.read_text(encoding="utf-8"))
+    scales = study["scales"]
+    for name, scale in scales.items():
+        if "like" in scale:
+            scales[name] = scales[scale["like"]] | scale
+    return study
 
 
 def merged(first: Table, then: Table) -> Table:
@@ -52,6 +63,12 @@ def filled_in(setting: Any, values: Table) -> Any:
         return [filled_in(value, values) for value in setting]
     named = isinstance(setting, str) and setting.startswith("$")
     return values[setting[1:]] if named else setting
+
+
+def rows_of(study: Table, scale: str) -> list[str]:
+    """The rows of a table: at the scale at which settings are chosen, the candidates for ours."""
+    every = study["rows"]
+    return [row for row in every if every[row].get("candidate", False) == (scale == _CHOOSES)]
 
 
 def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
@@ -135,12 +152,17 @@ def runs_of(study: Table, options: argparse.Namespace, scale: str) -> Iterator[R
     about = study["scales"][scale]
     data = images_of(options.data, work / "images", options.split, about["images"])
     source = {"data": {"source": "folder", "path": str(data)}}
-    rows = {row: merged(settings_of(study, scale, row), source) for row in study["rows"]}
+    usual = rows_of(study, scale)
+    chosen = options.rows or usual
+    rows = {
+        row: merged(settings_of(study, scale, row), source)
+        for row in dict.fromkeys([*usual, *chosen])
+    }
     if about["set"]["plan"]["timing"] == "profile" and not options.only_table:
         timing = {"plan": {"timing": str(time_model(list(rows.values()), work))}}
         rows = {row: merged(settings, timing) for row, settings in rows.items()}
     for seed in range(options.seeds or about["seeds"]):
-        for row in options.rows or rows:
+        for row in chosen:
             folder = work / f"{row}-{seed}"
             own = merged(rows[row], {"run": {"seed": seed, "output": str(folder)}})
             if not options.only_table:
@@ -163,7 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu", help="of rows.toml")
+    scales = ["cpu", "half", "gpu"]
+    parser.add_argument("--scale", choices=scales, default="cpu", help="of rows.toml")
     parser.add_argument("--small", action="store_true", help="a few minutes, to see that it works")
     parser.add_argument("--data", type=image_folder, default="data/cifar10-jpeg", help="the JPEGs")
     parser.add_argument(
@@ -182,7 +205,7 @@ def main() -> None:
         help="write table, figure and event logs, to benchmarks/results where no folder is named",
     )
     options = parser.parse_args()
-    study = tomllib.loads(ROWS.read_text(encoding="utf-8"))
+    study = read_study()
     if unknown := set(options.rows or ()) - set(study["rows"]):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(study['rows'])}")
     scale = "small" if options.small else options.scale
