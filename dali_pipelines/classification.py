@@ -81,24 +81,11 @@ def image_pipeline(
         (b, resolution, resolution, 3); float32, or float16 where the form's dtype has 16 bits.
         Where a map leaves the image, the nearest border pixel is repeated.
     """
-    inputs = [(DALIDataType.UINT8, 1 if form.encoded else 3, "" if form.encoded else "HWC")]
-    if form.crops:
-        inputs += [(DALIDataType.INT32, 1, "")] * 2
-    if form.change == "flip":
-        inputs.append((DALIDataType.INT32, 0, ""))
-    elif form.change == "warp":
-        inputs.append((DALIDataType.FLOAT, 2, ""))
-    dtypes, dimensions, layouts = (list(values) for values in zip(*inputs, strict=True))
     pipeline = Pipeline(batch_size=largest_batch, num_threads=threads, device_id=device_id)
     with pipeline:
         images: Any
-        images, *given = fn.external_source(
-            source=source, num_outputs=len(inputs), dtype=dtypes, ndim=dimensions, layout=layouts
-        )
-        boxes = {"start": given.pop(0), "shape": given.pop(0)} if form.crops else {}
-        device = "cpu" if device_id is None else "gpu"
-        images = _decoded(images, boxes, device) if form.encoded else _cut(images, boxes, device)
-        if not boxes:
+        images, given = _cropped(source, form, "cpu" if device_id is None else "gpu")
+        if not form.crops:
             # Without subpixel_scale the whole image maps to the rounded size, as in Pillow.
             images = fn.resize(images, resize_shorter=resolution, subpixel_scale=False)
         else:
@@ -121,6 +108,52 @@ def image_pipeline(
         )
     pipeline.build()
     return pipeline
+
+
+def decoding_pipeline(
+    source: Callable[[], tuple[Sequence[Any], ...]], form: Form, largest_batch: int, threads: int
+) -> Pipeline:
+    """Decode, crop and flip on the CPU: what `dali_pipelines.resize.Resize` goes on from.
+
+    Parameters
+    ----------
+    source, form, largest_batch, threads
+        As in `image_pipeline`; nothing is warped.
+
+    Returns
+    -------
+    Pipeline
+        Built. A run gives images of shape (h, w, 3), each of its own size, uint8, RGB; and, with
+        flips, which ones are flipped, int32, 0 or 1.
+    """
+    pipeline = Pipeline(batch_size=largest_batch, num_threads=threads, device_id=None)
+    with pipeline:
+        images, flipped = _cropped(source, form, "cpu")
+        if flipped:
+            images = fn.flip(images, horizontal=flipped[0])
+        pipeline.set_outputs(images, *flipped)
+    pipeline.build()
+    return pipeline
+
+
+def _cropped(
+    source: Callable[[], tuple[Sequence[Any], ...]], form: Form, device: str
+) -> tuple[Any, list[Any]]:
+    """Images, decoded and cropped where the form says so, and what is given for each beside it."""
+    inputs = [(DALIDataType.UINT8, 1 if form.encoded else 3, "" if form.encoded else "HWC")]
+    if form.crops:
+        inputs += [(DALIDataType.INT32, 1, "")] * 2
+    if form.change == "flip":
+        inputs.append((DALIDataType.INT32, 0, ""))
+    elif form.change == "warp":
+        inputs.append((DALIDataType.FLOAT, 2, ""))
+    dtypes, dimensions, layouts = (list(values) for values in zip(*inputs, strict=True))
+    images: Any
+    images, *given = fn.external_source(
+        source=source, num_outputs=len(inputs), dtype=dtypes, ndim=dimensions, layout=layouts
+    )
+    boxes = {"start": given.pop(0), "shape": given.pop(0)} if form.crops else {}
+    return (_decoded if form.encoded else _cut)(images, boxes, device), given
 
 
 def _decoded(encoded: Any, boxes: dict[str, Any], device: str) -> Any:

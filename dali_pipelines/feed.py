@@ -7,13 +7,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
+from nvidia.dali import Pipeline
 from torch import Tensor
 
-from dali_pipelines.classification import Form, image_pipeline
+from dali_pipelines.classification import Form, decoding_pipeline, image_pipeline
+from dali_pipelines.resize import Resize
 
 AHEAD = 3
 """Batches that are being read beyond those that DALI has asked for."""
+_RESIZED = 2
+"""Batches that are resized ahead, where torch resizes."""
+_SMALL = 112
+"""Up to this side, in pixels, DALI resizes sooner than Python starts torch for each image."""
 
 Job = Callable[[], tuple[Any, ...]]
 """Reads one batch: gives what the source of `image_pipeline` gives."""
@@ -52,10 +59,17 @@ class Feed:
         if device.type == "cuda":
             device_id = torch.cuda.current_device() if device.index is None else device.index
         self._source = _ReadAhead(readers)
-        self._pipeline = image_pipeline(
-            self._source, form, resolution, largest_batch, threads, device_id
-        )
         self._first: Tensor | None = None
+        self._resize: Resize | None = None
+        self._coming: deque[Future[Tensor]] = deque()
+        if device.type == "cpu" and form.change != "warp" and resolution > _SMALL:
+            self._pipeline = decoding_pipeline(self._source, form, largest_batch, threads)
+            self._resize = Resize(form, resolution, threads)
+            self._runner = ThreadPoolExecutor(1)
+        else:
+            self._pipeline = image_pipeline(
+                self._source, form, resolution, largest_batch, threads, device_id
+            )
 
     def start(self, jobs: Iterator[Job], prefetch: bool = False) -> None:
         """Begin a sequence of batches, each of at most `largest_batch` images.
@@ -91,15 +105,28 @@ class Feed:
 
     def finish(self) -> None:
         """After the last batch: make ready for another `start`."""
+        while self._coming:
+            self._coming.popleft().exception()
         self._pipeline.reset()
 
     def _run(self) -> Tensor:
+        if self._resize is not None:
+            while len(self._coming) < _RESIZED:
+                self._coming.append(self._runner.submit(_run, self._pipeline, self._resize))
+            return self._coming.popleft().result()
         if self._device.type == "cpu":
             (images,) = self._pipeline.run()
         else:  # bound to torch's stream, DALI reuses the memory only after torch's work on it
             (images,) = self._pipeline.run(torch.cuda.current_stream(self._device))
         pixels = torch.from_dlpack(images.as_tensor()).to(self._form.dtype)
         return pixels.permute(0, 3, 1, 2) if self._form.channels_last else pixels
+
+
+def _run(pipeline: Pipeline, resize: Resize) -> Tensor:
+    outputs: Any = pipeline.run()
+    images, *flips = outputs
+    flipped = flips[0].as_array() if flips else np.zeros(len(images))
+    return resize([images[number] for number in range(len(images))], flipped)
 
 
 class _ReadAhead:
