@@ -74,12 +74,15 @@ demo: install
 compiled: .venv/installed-test
 	@$(BIN)/python -m compileall -q hpc_hdb dali_pipelines tests
 
-# Two files at a time, and beside them those of Slurm, whose daemons mostly wait but have deadlines.
+# Two files at a time, and beside them those that mostly wait: first Slurm's, which have deadlines.
+WAITING = tests/test_slurm_jobs.py tests/faults/test_lock.py tests/faults/test_disks.py \
+	tests/faults/test_soak.py
+
 test: compiled .venv/installed-slurm .venv/mpich
-	@$(BIN)/python -m pytest tests/test_slurm_jobs.py >.venv/slurm-tests.log 2>&1 & slurm=$$!; \
+	@$(BIN)/python -m pytest $(WAITING) >.venv/waiting-tests.log 2>&1 & waiting=$$!; \
 	nice $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-		--ignore tests/test_slurm_jobs.py; others=$$?; \
-	wait $$slurm; slurm=$$?; cat .venv/slurm-tests.log; exit $$((others | slurm))
+		$(addprefix --ignore ,$(WAITING)); others=$$?; \
+	wait $$waiting; waiting=$$?; cat .venv/waiting-tests.log; exit $$((others | waiting))
 
 soak: .venv/installed-test
 	HDB_SOAK_SECONDS=1800 $(BIN)/python -m pytest -s tests/faults/test_soak.py

@@ -25,11 +25,12 @@ PROGRAMS = Path(__file__).parent / "programs"
 TIMING = "plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}"
 """A time model for the digits preset, so that a test's plan does not depend on the machine."""
 
-SLOWEST = (
-    *("faults/test_faults", "test_resume", "test_groups", "faults/test_soak", "test_training"),
-    *("faults/test_disks", "test_bad_files", "test_bad_input", "faults/test_lock", "test_study"),
+FIRST = (
+    *("test_slurm_jobs", "faults/test_faults", "test_resume", "test_groups", "test_training"),
+    *("faults/test_soak", "faults/test_lock", "faults/test_disks", "test_bad_files"),
+    *("test_bad_input", "test_study"),
 )
-"""Files that take minutes."""
+"""Files that have deadlines, then those that take minutes."""
 
 # HYPOTHESIS_PROFILE=soak tries each property as often as it takes to find what is rare.
 hypothesis.settings.register_profile(
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> int:
         name = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
-        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+        return FIRST.index(name) if name in FIRST else len(FIRST)
 
     items.sort(key=place)
 
