@@ -23,8 +23,9 @@ from torchvision.models import resnet18
 
 from hpc_hdb.cluster.link import WorkerLink
 from hpc_hdb.cluster.messages import OrderKind, Report, ReportKind
-from hpc_hdb.cluster.mpi import MpiWorkerLink, world
+from hpc_hdb.cluster.mpi import world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
+from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.slices import Slices
 from hpc_hdb.config import Settings, parse_settings
 from hpc_hdb.plan import BatchTime, plan_training

@@ -43,7 +43,6 @@ commits_per_epoch = 2
 """A run of seconds for `MODELS`; further sections go on from here."""
 
 MODELS = """
-import quick
 from torch import nn
 
 class Net(nn.Module):

@@ -81,27 +81,10 @@ class Address(NamedTuple):
         cores = frozenset(core for core in range(_CORES) if bits >> core & 1)
         return cls(process, host.rstrip(b"\0").decode(), cores)
 
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
 
-class Addresses:
-    """Where the ranks of a communicator run; all of them make it at once.
-
-    Parameters
-    ----------
-    comm : MPI.Comm
-    """
-
-    def __init__(self, comm: MPI.Comm) -> None:
-        here = Address(os.getpid(), socket.gethostname(), frozenset(os.sched_getaffinity(0)))
-        own = bytearray(here.pack())
-        everyone = bytearray(len(own) * comm.size)
-        comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
-        self.of_rank = [Address.unpack(*fields) for fields in _ADDRESS.iter_unpack(everyone)]
-
-    def describe(self, rank: int) -> str:
-        """Such as ``process 4711 on node7``."""
-        return f"process {self.of_rank[rank].process} on {self.of_rank[rank].host}"
-
-    def kill(self, rank: int) -> bool:
+    def kill(self) -> bool:
         """End that rank, whatever state it is in; False if it is no longer there.
 
         Raises
@@ -109,18 +92,26 @@ class Addresses:
         UserError
             If it runs on another node and there is no ``srun`` to reach it.
         """
-        number, host, _ = self.of_rank[rank]
-        if host == socket.gethostname():
+        if self.host == socket.gethostname():
             try:
-                os.kill(number, signal.SIGKILL)
+                os.kill(self.process, signal.SIGKILL)
             except ProcessLookupError:
                 return False
         elif "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
-            there = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
-            subprocess.Popen(["srun", *there, "kill", "-KILL", str(number)])
+            there = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self.host}"]
+            subprocess.Popen(["srun", *there, "kill", "-KILL", str(self.process)])
         else:
             raise UserError(
-                f"rank {rank} ({self.describe(rank)}) does not answer and cannot be ended from "
-                'here: end it by hand, or set server.silent_worker to "report"'
+                f"a rank ({self}) does not answer and cannot be ended from here: end it by hand, "
+                'or set server.silent_worker to "report"'
             )
         return True
+
+
+def addresses(comm: MPI.Intracomm) -> list[Address]:
+    """Where the ranks of a communicator run; all of them ask at once."""
+    here = Address(os.getpid(), socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+    own = bytearray(here.pack())
+    everyone = bytearray(len(own) * comm.size)
+    comm.Allgather([own, MPI.BYTE], [everyone, MPI.BYTE])
+    return [Address.unpack(*fields) for fields in _ADDRESS.iter_unpack(everyone)]

@@ -12,11 +12,13 @@ to another one, nor to the server.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from hpc_hdb.cluster.failures import Address, addresses, failed_ranks, tolerates_failures
 from hpc_hdb.cluster.horovod import load_horovod
 from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.cluster.mpi import wait_until
@@ -33,6 +36,8 @@ from hpc_hdb.plan.rounds import rows_of
 
 _LEADER = 0
 _WATCH_SECONDS = 1.0
+_LOSS_SECONDS = 3.0
+"""Within which MPI tells of a lost rank that Horovod has noticed."""
 
 
 class Split(NamedTuple):
@@ -48,18 +53,21 @@ class Split(NamedTuple):
         Whether this rank belongs to `links`.
     spread : list of int
         Workers whose ranks are not all on one node.
+    partners : dict of int to list of Address
+        By worker, where its ranks run that do not lead.
     """
 
     links: MPI.Intracomm
     group: MPI.Intracomm | None
     leads: bool
     spread: list[int]
+    partners: dict[int, list[Address]]
 
 
 def split_workers(comm: MPI.Intracomm, servers: int, ranks_per_worker: int) -> Split:
     """Cut the ranks of `comm` into servers and workers; all of them call this together."""
     if ranks_per_worker == 1:
-        return Split(comm, None, True, [])
+        return Split(comm, None, True, [], {})
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     first = np.array([comm.rank], dtype=np.int64)
     node.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
@@ -73,7 +81,9 @@ def split_workers(comm: MPI.Intracomm, servers: int, ranks_per_worker: int) -> S
     links = MPI.Intracomm(comm.Split(int(not leads), comm.rank))
     group = MPI.Intracomm(comm.Split(number or MPI.UNDEFINED))
     spread = [n for n, ranks in enumerate(workers, start=1) if len(set(nodes[ranks])) > 1]
-    return Split(links, group if number else None, leads, spread)
+    places = addresses(comm)
+    partners = {n: [places[rank] for rank in ranks[1:]] for n, ranks in enumerate(workers, start=1)}
+    return Split(links, group if number else None, leads, spread, partners)
 
 
 class RankGroup:
@@ -119,11 +129,35 @@ class RankGroup:
                 'start them where each has one, or set train.device to "cpu"'
             )
         self._hvd.init(comm=comm)
+        self._partners = addresses(comm)
+        del self._partners[comm.rank]
         _end_with_launcher()
 
     def close(self) -> None:
         """Leave Horovod, together with the whole group."""
         self._hvd.shutdown()
+
+    @contextlib.contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Where a run goes on without lost ranks, let the loss of one end the whole group.
+
+        What the others could go on with are batches without some of their rows; and to the server
+        the group is one worker, whose end it takes note of.
+        """
+        from horovod.common.exceptions import HorovodInternalError
+
+        try:
+            yield
+        except (HorovodInternalError, MPI.Exception):
+            if not tolerates_failures() or not wait_until(self._has_lost, _LOSS_SECONDS):
+                raise
+            for process in self._partners:
+                with contextlib.suppress(UserError):
+                    process.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _has_lost(self) -> bool:
+        return bool(failed_ranks(self._comm))
 
     def rows(self, batch: int) -> slice:
         """This rank's rows of a batch."""

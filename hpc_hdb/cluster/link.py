@@ -1,6 +1,6 @@
 """What parameter servers and workers need of each other.
 
-Two implementations: `hpc_hdb.cluster.mpi` and `mpi_server` between MPI ranks, and
+Two implementations: `hpc_hdb.cluster.mpi_worker` and `mpi_server` between MPI ranks, and
 `hpc_hdb.cluster.virtual` within one process on a virtual clock. The loops that use them are
 coroutines: ``await`` marks where time passes. Over MPI an awaited call blocks, as any MPI call
 does; on the virtual clock another rank runs meanwhile.
@@ -108,12 +108,15 @@ class SliceLink(Protocol):
         Raises
         ------
         ReductionBroken
-            Before the last part; then no worker has got the whole sum either.
+            If a rank dies or hangs meanwhile.
         """
         ...
 
     def broadcast(self, model: Tensor, part: slice) -> None:
-        """Send a part of `model` to all workers; they all wait for it."""
+        """Send a part of `model` to all workers; they all wait for it.
+
+        If a rank dies or hangs, `reduce` goes no further.
+        """
         ...
 
     def sending(self, model: Tensor) -> bool:
@@ -148,8 +151,10 @@ class ServerLink(SliceLink, Protocol):
         """
         ...
 
-    def regroup(self, newcomers: Sequence[int] = ()) -> bool:
+    def regroup(self, newcomers: Sequence[int]) -> bool:
         """Do what a REDUCE order with `regroup` asks of the workers; whether it is done.
+
+        All other servers have had a REGROUP instruction.
 
         Parameters
         ----------
@@ -183,6 +188,18 @@ class ServerLink(SliceLink, Protocol):
         """Send an instruction to all other servers, without waiting."""
         ...
 
+    async def confirmed(self, worker: int) -> bool:
+        """Whether all other servers have carried a MERGE or REDUCE instruction out.
+
+        Waits for them where ranks may be lost (elsewhere there is nothing to wait for).
+
+        Parameters
+        ----------
+        worker : int
+            Whose commit it was; 0 where it was everyone's. If it hangs, it is ended.
+        """
+        ...
+
     async def collect(self, own: Tensor, out: Tensor) -> None:
         """After a COLLECT instruction: the root's slice `own` and all others, in `out`."""
         ...
@@ -201,6 +218,14 @@ class FollowerLink(SliceLink, Protocol):
 
     async def next_instruction(self) -> Instruction:
         """The next thing to do."""
+        ...
+
+    def confirm(self, done: bool) -> None:
+        """Tell the root whether a MERGE or REDUCE instruction was carried out."""
+        ...
+
+    def regroup(self) -> None:
+        """Take part in the root's `regroup`."""
         ...
 
     def hand_in(self, model: Tensor) -> None:

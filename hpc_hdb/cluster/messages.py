@@ -138,6 +138,8 @@ class InstructionKind(enum.IntEnum):
     COLLECT = 5
     """Hand the current version in to the root server: of its buffers the one in `kept`."""
     END = 6
+    REGROUP = 7
+    """Form groups with the root server and the workers that are left (BSP)."""
 
 
 @dataclass
@@ -145,13 +147,15 @@ class Instruction(_Record):
     """From the root server to the others, which carry out all instructions in their order.
 
     The root does the same with its own slice, so that the n-th version of every slice belongs
-    to the n-th version of the model. `kept`, `trained`, `learning_rate` and `weight` are of
-    `hpc_hdb.train.server_optimizer`.
+    to the n-th version of the model. With `undo` the instruction before has come to nothing at
+    some server: all go on from the version before it. `kept`, `trained`, `learning_rate` and
+    `weight` are of `hpc_hdb.train.server_optimizer`.
     """
 
     kind: int
     worker: int = 0
     reply: int = 0
+    undo: int = 0
     factor: float = 0.0
     kept: int = 0
     trained: int = 0

@@ -262,7 +262,7 @@ class VirtualServerLink(_VirtualSliceLink):
     def replace(self, worker: int) -> bool:
         return False  # none dies
 
-    def regroup(self, newcomers: Sequence[int] = ()) -> bool:
+    def regroup(self, newcomers: Sequence[int]) -> bool:
         return True
 
     def fence(self, worker: int) -> None:
@@ -276,6 +276,9 @@ class VirtualServerLink(_VirtualSliceLink):
     def instruct(self, instruction: Instruction) -> None:
         for follower in self._cluster.followers:
             follower.deliver(instruction)
+
+    async def confirmed(self, worker: int) -> bool:
+        return True  # nothing is lost here
 
     async def collect(self, own: Tensor, out: Tensor) -> None:
         while len(self._handed_in) < self.servers - 1:
@@ -310,6 +313,12 @@ class VirtualFollowerLink(_VirtualSliceLink):
         message = await self._next()
         assert isinstance(message, Instruction)
         return message
+
+    def confirm(self, done: bool) -> None:
+        pass  # as it must be
+
+    def regroup(self) -> None:
+        raise NotImplementedError("workers of a simulation do not die")
 
     def hand_in(self, model: Tensor) -> None:
         where = slice(self._begin, self._begin + len(model))

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from hpc_hdb.cluster.failures import completed, failed_ranks, raise_unless_failu
 from hpc_hdb.cluster.group_links import LeaderLink, MemberLink
 from hpc_hdb.cluster.groups import RankGroup, split_workers
 from hpc_hdb.cluster.link import WorkerLink, complete
-from hpc_hdb.cluster.mpi import MpiWorkerLink, wait_until, world
+from hpc_hdb.cluster.mpi import wait_until, world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
+from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.roles import SERVER, check_roles, count_workers
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
@@ -83,7 +85,7 @@ def train_over_mpi(
         return _follower_or_worker(comm)
     except MPI.Exception as error:
         raise_unless_failure(error)
-        raise UserError(_lost_rank(comm, failed_ranks(comm))) from None
+        raise UserError(_lost_rank(comm)) from None
 
 
 def _server(
@@ -157,12 +159,15 @@ def _run(
         check_resumed_data(plan, len(data.labels))
     if reason := hindrance(settings):
         progress.note(f"server.replacements: lost workers will not be replaced; {reason}")
-        link = MpiServerLink(split.links, servers)
-    else:
-        link = MpiServerLink(split.links, servers, recruiter(job))
+    recruit = None if reason else recruiter(job)
+    link = MpiServerLink(split.links, servers, recruit, split.partners)
     with results_in(folder.path, folder.check):
         name = image_name(data, settings)
-        status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)
+        try:
+            status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)
+        except MPI.Exception as error:
+            raise_unless_failure(error)
+            raise UserError(_lost_rank(comm, servers, folder.path)) from None
     if link.present:  # interrupted, and some worker has not come out of its step for long
         raise SystemExit(status)
     link.close()
@@ -188,8 +193,7 @@ def _follower_or_worker(comm: MPI.Intracomm) -> int:
         return _hear_status(comm)
     except MPI.Exception as error:
         raise_unless_failure(error)
-        lost = _lost_rank(comm, failed_ranks(comm))
-        raise UserError(f"{lost}: go on with hdb train --resume {job['folder']}") from None
+        raise UserError(_lost_rank(comm, settings.server.servers, job["folder"])) from None
 
 
 def _on_cpu(settings: Settings) -> Settings:
@@ -207,7 +211,7 @@ def _follower(
     split = split_workers(comm, servers, settings.server.ranks_per_worker)
     if sizes:
         comm.Reduce(np.zeros(sum(map(len, sizes.values()))), None, MPI.SUM, SERVER)
-    link = MpiFollowerLink(split.links, servers)
+    link = MpiFollowerLink(split.links, servers, settings.server.patience)
     optimizer = ServerOptimizer.of(settings.server)
     complete(follow_root(link, MERGES[settings.server.merge], optimizer))
     link.close()
@@ -242,7 +246,7 @@ def _worker(
     trainer = make_trainer(settings, data, place.device, group)
     keep = folder / "checkpoint" if settings.train.keep_momentum and split.leads else None
     kept = settings.run.states_kept
-    with results_in(folder):
+    with results_in(folder), nullcontext() if group is None else group.as_one():
         complete(run_worker(link, trainer, settings.server.synchronous, keep, kept))
     if group is not None:
         group.close()
@@ -334,9 +338,11 @@ def _end(status: int, lost: int) -> int:
     return status
 
 
-def _lost_rank(comm: MPI.Intracomm, lost: set[int]) -> str:
-    """Which ranks were lost, in words."""
-    if SERVER in lost:
-        return f"rank {SERVER}, the parameter server, was lost"
-    ranks = ", ".join(map(str, sorted(lost)))
-    return f"rank {ranks} was lost" if ranks else "another rank was lost"
+def _lost_rank(comm: MPI.Intracomm, servers: int = 1, folder: Path | str = "") -> str:
+    """Which ranks were lost, in words, and how to go on."""
+    lost = sorted(failed_ranks(comm))
+    ranks = ", ".join(map(str, lost))
+    told = f"rank {ranks} was lost" if ranks else "another rank was lost"
+    if lost and lost[0] < servers:
+        told = f"rank {lost[0]}, {'the' if servers == 1 else 'a'} parameter server, was lost"
+    return f"{told}: go on with hdb train --resume {folder}" if folder else told

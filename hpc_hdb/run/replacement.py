@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
-from hpc_hdb.cluster.failures import Addresses, tolerates_failures
+from hpc_hdb.cluster.failures import Address, addresses, tolerates_failures
 from hpc_hdb.cluster.launcher import describe, exit_status
 from hpc_hdb.startup import lasting_imports
 
@@ -49,7 +49,7 @@ def _launcher_was_told(setting: str) -> bool:
     return setting.encode() in told
 
 
-def recruiter(job: dict[str, Any]) -> Callable[[int, Addresses], MPI.Intracomm | None]:
+def recruiter(job: dict[str, Any]) -> Callable[[int, list[Address]], MPI.Intracomm | None]:
     """What starts replacements in a run with one server and one rank a worker.
 
     Parameters
@@ -63,8 +63,8 @@ def recruiter(job: dict[str, Any]) -> Callable[[int, Addresses], MPI.Intracomm |
         For `hpc_hdb.cluster.mpi_server.MpiServerLink`.
     """
 
-    def recruit(worker: int, addresses: Addresses) -> MPI.Intracomm | None:
-        own, *workers = addresses.of_rank[worker], *addresses.of_rank[1:]
+    def recruit(worker: int, ranks: list[Address]) -> MPI.Intracomm | None:
+        own, *workers = ranks[worker], *ranks[1:]
         place = {
             "worker": worker,
             "cores": sorted(own.cores),
@@ -95,7 +95,7 @@ def work(comm: MPI.Intracomm, job: dict[str, Any]) -> None:
     """
     with lasting_imports():
         from hpc_hdb.cluster.link import complete
-        from hpc_hdb.cluster.mpi import MpiWorkerLink
+        from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
         from hpc_hdb.config import Settings
         from hpc_hdb.run.build import choose_place, make_trainer
         from hpc_hdb.run.serve import STOP_SIGNALS
@@ -121,7 +121,7 @@ def main() -> None:
     """The process that `recruiter` starts; if it fails, it is one more worker that is lost."""
     status = 0
     comm = MPI.Comm.Get_parent().Merge(high=True)
-    Addresses(comm)  # the server's is of use
+    addresses(comm)  # of use at the server
     try:
         work(comm, json.loads(sys.argv[1]))
     except MPI.Exception:  # the server is gone, and its launcher says so

@@ -13,8 +13,9 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hpc_hdb.cluster.messages import OrderKind, Report, ReportKind
-from hpc_hdb.cluster.mpi import MpiWorkerLink, wait_until
+from hpc_hdb.cluster.mpi import wait_until
 from hpc_hdb.cluster.mpi_server import MpiServerLink
+from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.config import parse_settings
 from hpc_hdb.plan import BatchTime, plan_training

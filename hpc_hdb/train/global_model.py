@@ -4,21 +4,31 @@ Every server does the same with its own slice (`Slice`), in the same order. The 
 that order (`GlobalModel`); the others follow its instructions (`follow_root`). So the n-th
 version of each slice belongs to the n-th version of the model, and a worker that is sent a
 version, or a checkpoint that collects one, gets slices of one and the same.
+
+A commit is merged by all servers or by none: a slice keeps what it has made of it aside until
+the root knows that no server has lost the worker meanwhile, and says so with its next instruction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hpc_hdb.cluster.link import FollowerLink, ServerLink, SliceLink
+from hpc_hdb.cluster.link import (
+    FollowerLink,
+    ReductionBroken,
+    ServerLink,
+    SliceLink,
+    WorkerLost,
+)
 from hpc_hdb.cluster.messages import Instruction, InstructionKind
 from hpc_hdb.train.merge import Merge
 from hpc_hdb.train.server_optimizer import Kept, Pace, ServerOptimizer
 from hpc_hdb.train.versions import Versions
 
+_CHANGES = (InstructionKind.MERGE, InstructionKind.REDUCE)
 AVERAGING = ServerOptimizer()
 """The paper's: what merging gives is the model."""
 
@@ -45,6 +55,7 @@ class Slice:
         optimizer: ServerOptimizer = AVERAGING,
     ) -> None:
         self.kept = {kept: Versions(tensor, link) for kept, tensor in initial.items()}
+        self._made: Mapping[Kept, Tensor] = {}
         self._link = link
         self._merge_part = merge
         self._optimizer = optimizer
@@ -54,8 +65,21 @@ class Slice:
         """The current version."""
         return self.kept[Kept.MODEL].current
 
+    def settle(self, undo: bool) -> None:
+        """Publish what the last instruction has made, or forget it."""
+        if not undo:
+            for kept, buffer in self._made.items():
+                self.kept[kept].publish(buffer)
+        self._made = {}
+
     async def carry_out(self, instruction: Instruction) -> None:
-        """Do what changes this slice or sends it to workers."""
+        """Make a new version, which `settle` publishes, or send the current one to workers.
+
+        Raises
+        ------
+        WorkerLost, ReductionBroken
+            If nothing has come of it.
+        """
         if instruction.kind == InstructionKind.MERGE:
             await self._merge(instruction)
         elif instruction.kind == InstructionKind.SEND:
@@ -78,7 +102,7 @@ class Slice:
             if instruction.reply:
                 self._link.send(instruction.worker, commit, part)
             self._average(part, new, instruction)
-        self._publish(new)
+        self._made = new
 
     async def _reduce(self, instruction: Instruction) -> None:
         new = self._spares()
@@ -87,7 +111,7 @@ class Slice:
             self._step(part, new, instruction)
             self._link.broadcast(total, part)
             self._average(part, new, instruction)
-        self._publish(new)
+        self._made = new
 
     def _step(self, part: slice, new: Mapping[Kept, Tensor], instruction: Instruction) -> None:
         """Let the server's optimizer go on from what merging has made of a part."""
@@ -115,10 +139,6 @@ class Slice:
     def _spares(self) -> dict[Kept, Tensor]:
         return {kept: versions.spare() for kept, versions in self.kept.items()}
 
-    def _publish(self, new: Mapping[Kept, Tensor]) -> None:
-        for kept, buffer in new.items():
-            self.kept[kept].publish(buffer)
-
 
 async def follow_root(
     link: FollowerLink, merge: Merge, optimizer: ServerOptimizer = AVERAGING
@@ -127,10 +147,19 @@ async def follow_root(
     initial = {kept: await link.first_slice() for kept in optimizer.keeps}
     own = Slice(link, initial, merge, optimizer)
     while (instruction := await link.next_instruction()).kind != InstructionKind.END:
+        own.settle(instruction.undo > 0)
         if instruction.kind == InstructionKind.COLLECT:
             link.hand_in(own.kept[Kept(instruction.kept)].current)
+        elif instruction.kind == InstructionKind.REGROUP:
+            link.regroup()
         else:
-            await own.carry_out(instruction)
+            done = True
+            try:
+                await own.carry_out(instruction)
+            except (WorkerLost, ReductionBroken):
+                done = False
+            if instruction.kind in _CHANGES:
+                link.confirm(done)
 
 
 class GlobalModel:
@@ -162,6 +191,7 @@ class GlobalModel:
         self._pace = pace
         self._state: dict[str, Tensor] = {}
         self._collected = set(optimizer.keeps)
+        self._undo = False
         self._own: Slice
         self._whole: dict[Kept, Versions]
 
@@ -188,11 +218,23 @@ class GlobalModel:
             }
 
     async def merge(self, worker: int, factor: float, reply: bool) -> None:
-        """Merge the worker's commit with its update factor; with `reply`, send it the result."""
+        """Merge the worker's commit with its update factor; with `reply`, send it the result.
+
+        Raises
+        ------
+        WorkerLost
+            If the worker dies meanwhile: nothing of its commit is merged.
+        """
         await self._change(Instruction(InstructionKind.MERGE, worker, reply=reply, factor=factor))
 
     async def reduce(self) -> None:
-        """Merge all workers' commits, and send all of them the result (BSP)."""
+        """Merge all workers' commits, and send all of them the result (BSP).
+
+        Raises
+        ------
+        ReductionBroken
+            If a worker dies or hangs meanwhile: nothing is merged.
+        """
         await self._change(Instruction(InstructionKind.REDUCE))
 
     async def send(self, worker: int) -> None:
@@ -207,7 +249,7 @@ class GlobalModel:
         """A buffer of the whole current version, shape (size,), unchanged until `release`."""
         if kept not in self._collected:
             whole = self._whole[kept].spare()
-            self._link.instruct(Instruction(InstructionKind.COLLECT, kept=kept))
+            self._instruct(Instruction(InstructionKind.COLLECT, kept=kept))
             await self._link.collect(self._own.kept[kept].current, whole)
             self._whole[kept].publish(whole)
             self._collected.add(kept)
@@ -229,9 +271,14 @@ class GlobalModel:
             if versions.holds(buffer):
                 versions.release(buffer)
 
+    def regroup(self, newcomers: Sequence[int]) -> bool:
+        """Let servers and workers form groups anew (`ServerLink.regroup`); whether they have."""
+        self._instruct(Instruction(InstructionKind.REGROUP))
+        return self._link.regroup(newcomers)
+
     def end(self) -> None:
         """Let the other servers go."""
-        self._link.instruct(Instruction(InstructionKind.END))
+        self._instruct(Instruction(InstructionKind.END))
 
     async def _change(self, instruction: Instruction) -> None:
         if self._optimizer.keeps != (Kept.MODEL,):
@@ -239,10 +286,25 @@ class GlobalModel:
             instruction.trained = pace.trained
             instruction.learning_rate = pace.learning_rate
             instruction.weight = pace.weight
-        await self._carry_out(instruction)
+        failure: WorkerLost | ReductionBroken | None = None
+        try:
+            await self._carry_out(instruction)
+        except (WorkerLost, ReductionBroken) as error:
+            failure = error
+        worker = instruction.worker
+        if not await self._link.confirmed(worker) and failure is None:
+            failure = WorkerLost(worker) if worker else ReductionBroken()
+        self._undo = failure is not None
+        self._own.settle(self._undo)
+        if failure is not None:
+            raise failure
         if self._link.servers > 1:
             self._collected.clear()
 
     async def _carry_out(self, instruction: Instruction) -> None:
-        self._link.instruct(instruction)
+        self._instruct(instruction)
         await self._own.carry_out(instruction)
+
+    def _instruct(self, instruction: Instruction) -> None:
+        instruction.undo, self._undo = int(self._undo), False
+        self._link.instruct(instruction)

@@ -263,7 +263,7 @@ class ParameterServer:
             await self._all_answer()
 
     def _form_groups(self, newcomers: list[int]) -> bool:
-        formed = self._link.regroup(newcomers)
+        formed = self._model.regroup(newcomers)
         if formed:
             self._crew.newcomers.difference_update(newcomers)
         return formed

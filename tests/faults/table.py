@@ -51,12 +51,19 @@ class Scenario(NamedTuple):
         Settings of their own.
     step_seconds : float
         What each training step takes beside its work, so that the run outlasts the accidents.
+    servers : int
+        Of the ranks.
     """
 
     ranks: int
     accidents: tuple[Accident, ...]
     overrides: tuple[str, ...] = ()
     step_seconds: float = 0.0
+    servers: int = 1
+
+    @property
+    def workers(self) -> int:
+        return self.ranks - self.servers
 
     def inject(self) -> str:
         return ",".join(accident.inject() for accident in self.accidents)
@@ -86,13 +93,16 @@ def _survived(mode: str) -> dict[str, Scenario]:
                 Accident(1, "kill", "leave", "lost"),
             ),
         ),
-        "several at once": Scenario(
-            5,
+        "several servers": Scenario(
+            7,
             (
+                Accident(5, "kill", f"{pushing}:2", "lost"),
                 Accident(4, "kill", f"{pushing}:2", "lost"),
-                Accident(3, "kill", f"{pushing}:2", "lost"),
-                Accident(2, "kill", "round:3", "lost"),
+                Accident(3, "stop", f"{pushing}:3", "lost"),
+                Accident(2, "kill", f"{merging}:5", "lost"),
             ),
+            drop,
+            servers=2,
         ),
         "hangs": Scenario(
             4,
@@ -128,7 +138,7 @@ def _survived(mode: str) -> dict[str, Scenario]:
         ),
     }
     if mode == "ssp":  # but for who may go on, the same as ASP
-        for name in ("several at once", "naps", "all at once"):
+        for name in ("several servers", "naps", "all at once"):
             del scenarios[name]
     return scenarios
 

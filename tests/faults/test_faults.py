@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +36,19 @@ RUN = sets(
 
 
 def start(
-    mode: str, run: Path, ranks: int, faults: str, *overrides: str, step_seconds: float = 0
+    mode: str,
+    run: Path,
+    ranks: int,
+    faults: str,
+    *overrides: str,
+    step_seconds: float = 0,
+    servers: int = 1,
 ) -> Job:
     """A run with fault tolerance, under way."""
-    settings = [*RUN, *sets(f"server.sync={mode}", f"run.output={run}", *overrides)]
-    words = [*TOLERANT, "-n", str(ranks), "hdb", "train", "digits", *settings]
-    return Job(*words, cwd=PROGRAMS, HDB_FAULT=faults, HDB_STEP_SECONDS=str(step_seconds))
+    own = sets(f"server.sync={mode}", f"server.servers={servers}", f"run.output={run}", *overrides)
+    words = [*TOLERANT, "-n", str(ranks), "hdb", "train", "digits", *RUN, *own]
+    env = {"HDB_FAULT": faults, "HDB_SERVERS": servers, "HDB_STEP_SECONDS": step_seconds}
+    return Job(*words, cwd=PROGRAMS, **{name: str(value) for name, value in env.items()})
 
 
 def named(log: list[Event], name: str) -> list[Event]:
@@ -70,6 +80,7 @@ def test_a_run_goes_on_without_ranks_that_fail(mode: str, name: str, tmp_path: P
     ending = start(
         *(mode, tmp_path / "run", scenario.ranks, scenario.inject(), *scenario.overrides),
         step_seconds=scenario.step_seconds,
+        servers=scenario.servers,
     ).end(180)
     assert ending.status == 0, ending
     log = assert_complete(tmp_path / "run")
@@ -87,7 +98,7 @@ def assert_outcomes(scenario: Scenario, log: list[Event], ending: Ending) -> Non
     gone = [*named(log, "lost"), *named(log, "dropped")]
     assert sorted(event["worker"] for event in gone) == sorted(died)
     lost = {a.victim for a in scenario.accidents if a.outcome in ("lost", "dropped")}
-    workers = scenario.ranks - 1
+    workers = scenario.workers
     active = workers - len(lost)
     for event in named(log, "replaced"):
         later = named(log[log.index(event) :], "commit")
@@ -98,6 +109,47 @@ def assert_outcomes(scenario: Scenario, log: list[Event], ending: Ending) -> Non
         assert plan["small_workers"] <= 1
     left = [e["worker"] for e in named(log, "leave")]
     assert set(range(1, workers + 1)) - lost <= set(left)
+
+
+def test_a_run_ends_without_a_server_that_is_not_the_first(tmp_path: Path) -> None:
+    """Its slice of the model is nowhere else but in the checkpoints."""
+    run = tmp_path / "run"
+    job = start("bsp", run, 4, "", "schedule.epochs=5000", servers=2)
+    events = run / "events.jsonl"
+    job.until(lambda: events.exists() and events.read_text().count('"event": "commit"') > 9)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    ending = job.end()
+    assert ending.status == 2
+    (told,) = [line for line in ending.lines if line.startswith("hdb: ")]
+    assert "rank 1, a parameter server, was lost" in told
+    assert "hdb train --resume" in told
+    assert_whole(run)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("horovod") is None,
+    reason="Horovod is not installed: make horovod (needs a C++ compiler)",
+)
+@pytest.mark.parametrize(
+    ("mode", "victim", "number"),
+    [("asp", 4, signal.SIGKILL), ("bsp", 3, signal.SIGKILL), ("bsp", 4, signal.SIGSTOP)],
+)
+def test_a_worker_of_several_ranks_is_lost_as_one(
+    mode: str, victim: int, number: signal.Signals, tmp_path: Path
+) -> None:
+    """Ranks 1 and 2 are worker 1, and 3, which leads, and 4 are worker 2."""
+    run = tmp_path / "run"
+    shared = ("server.ranks_per_worker=2", "plan.small_workers=0")
+    drop = ("server.silent_worker=drop", "server.silent_seconds=4")
+    job = start(mode, run, 5, "", *shared, *drop, step_seconds=0.05)
+    events = run / "events.jsonl"
+    job.until(lambda: events.exists() and events.read_text().count('"event": "commit"') > 3)
+    os.kill(job.ranks()[victim], number)
+    ending = job.end()
+    assert ending.status == 0, ending
+    log = assert_complete(run)
+    assert [event["worker"] for event in named(log, "lost")] == [2]
+    assert "worker 2 was lost" in ending.out
 
 
 @pytest.mark.parametrize("mode", LIVES)

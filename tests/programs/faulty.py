@@ -1,7 +1,7 @@
 """A model whose worker meets with an accident, as ``$HDB_FAULT`` says; for the tests of faults.
 
 ``HDB_FAULT="2:kill@push:3,1:nan@round:1"``: worker 2 is killed in the middle of its third push,
-and worker 1's first round ends in NaN. Worker 0 is the server, "2+" whoever replaces worker 2.
+and worker 1's first round ends in NaN. Worker 0 is the last server, "2+" whoever replaces worker 2.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from models import Tiny
 from torch import Tensor, nn
 
 from hpc_hdb.cluster.messages import Order, Report, ReportKind
-from hpc_hdb.cluster.mpi import MpiWorkerLink
+from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.train.global_model import GlobalModel
 from hpc_hdb.train.trainer import Trainer
 
 NAP_SECONDS = 4
-_RANK = os.environ.get("OMPI_COMM_WORLD_RANK", "")
+_WORKER = str(
+    int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)) - int(os.environ.get("HDB_SERVERS", 1)) + 1
+)
 if sys.argv[0].endswith("replacement.py"):
-    _RANK = f"{json.loads(sys.argv[1])['worker']}+"
+    _WORKER = f"{json.loads(sys.argv[1])['worker']}+"
 _PARTS_PUSHED = 3
 """Of a model's eight, before a worker dies in the middle of a push."""
 
@@ -40,7 +42,7 @@ def _faults() -> dict[tuple[str, int], str]:
         worker, _, rest = fault.partition(":")
         what, _, moment = rest.partition("@")
         name, _, number = moment.partition(":")
-        if worker == _RANK:
+        if worker == _WORKER:
             found[name, int(number or 1)] = what
     return found
 

@@ -20,8 +20,9 @@ from exchanges import CLUSTERS, PROGRESS_REPORTS, Inbox
 from mpi4py import MPI
 
 from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
-from hpc_hdb.cluster.mpi import MpiWorkerLink, world
+from hpc_hdb.cluster.mpi import world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
+from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.train.global_model import GlobalModel, follow_root
 from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.versions import Versions

@@ -7,7 +7,6 @@ import os
 import time
 from pathlib import Path
 
-import quick  # noqa: F401 - for its effect
 import torch
 from torch import Tensor, nn
 
