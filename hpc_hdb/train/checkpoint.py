@@ -76,13 +76,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, and keep the newest `keep`.
 
     Later ones than this are of a past that no longer counts (the run went back, or they were
-    damaged), and are removed too, as is what kills left unfinished.
+    damaged), and are removed too, as is what kills left unfinished. What appears while this one is
+    written stays: then this process was stopped for long, and another job has taken the run over.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / checkpoint.file
+    before, unfinished = _numbered(folder), list(folder.glob(_NUMBERED + ".part"))
     write_sealed(path, vars(checkpoint))
-    kept = [file for file in _numbered(folder) if file.name <= path.name][-keep:]
-    for file in {*_numbered(folder), *folder.glob(_NUMBERED + ".part")}.difference(kept):
+    kept = sorted(file for file in {*before, path} if file.name <= path.name)[-keep:]
+    for file in {*before, *unfinished}.difference(kept):
         file.unlink(missing_ok=True)
     return path
 

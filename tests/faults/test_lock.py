@@ -13,10 +13,13 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import events
 from endings import LONG, SIMULATE, TRAIN, Job, assert_refusal, checkpoints
 
 from hpc_hdb.report.events import read_events
+from hpc_hdb.train.checkpoint import Checkpoint, save_checkpoint
 
 RESUME = ["hdb", "simulate", "--resume", "out"]
 
@@ -142,6 +145,28 @@ def test_a_job_thought_dead_ends_once_it_wakes_up(here: Path) -> None:
     second.until(lambda: len(events(here / "out")) > number)
     second.signal(signal.SIGUSR1)
     assert second.end().status == 128 + signal.SIGUSR1
+
+
+def test_a_job_stopped_within_a_checkpoint_removes_nothing_of_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checkpoint(commit: int) -> Checkpoint:
+        return Checkpoint(torch.zeros(3), "net", {"commits": commit}, {}, 0.0)
+
+    def stopped_for_long(file: int) -> None:
+        flush(file)
+        for name in successors:
+            (tmp_path / name).write_bytes(b"another job's")
+
+    flush, successors = os.fsync, ["00000007.pt", "00000008.pt", "00000009.pt.part"]
+    for commit in (1, 2, 3):
+        save_checkpoint(tmp_path, checkpoint(commit), keep=2)
+    monkeypatch.setattr(os, "fsync", stopped_for_long)
+    save_checkpoint(tmp_path, checkpoint(4), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["00000003.pt", "00000004.pt", *successors]
+    monkeypatch.setattr(os, "fsync", flush)
+    save_checkpoint(tmp_path, checkpoint(5), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["00000004.pt", "00000005.pt"]
 
 
 def test_of_jobs_that_start_at_once_one_goes_on(here: Path) -> None:
