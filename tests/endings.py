@@ -105,6 +105,10 @@ class Job:
         """Signal the command and what it has started, as a terminal does."""
         os.killpg(self.process.pid, number)
 
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._text(self._out)
+
     def ranks(self) -> dict[int, int]:
         """The processes of the ranks that mpirun has started and that still run."""
         return {rank: process for job, rank, process in self._started() if job == 1}
@@ -165,8 +169,9 @@ class Job:
 
     @staticmethod
     def _text(file: tempfile._TemporaryFileWrapper) -> str:
-        file.seek(0)
-        return file.read().decode(errors="replace").replace("\0", "")
+        size = os.fstat(file.fileno()).st_size
+        printed = os.pread(file.fileno(), size, 0)  # no seek: the job would write there
+        return printed.decode(errors="replace").replace("\0", "")
 
 
 def _launchers(line: str) -> bool:

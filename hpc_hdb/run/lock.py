@@ -4,8 +4,9 @@ It is the kernel's (``flock``), which ends with the process, however that ends. 
 have no such lock, or one of each node's own; so the holder also keeps a heartbeat file, whose
 bytes change every 15 seconds. A job that finds one takes it for dead
 
-- at once, where its process was on this node and is gone, where it is of an earlier life of this
-  Slurm job, or where nothing has been heard of it for three minutes, by the file system's clock;
+- as soon as its process is gone, where that was on this node;
+- at once, where it is of an earlier life of this Slurm job, or where nothing has been heard of it
+  for three minutes, by the file system's clock;
 - else once that time is over. If the bytes change meanwhile, the holder is alive.
 
 A holder that finds another's heartbeat in the place of its own was thought dead, and stops. So does
@@ -58,6 +59,7 @@ class FolderLock:
         self._lost: str | None = None
         self._about = {
             "process": os.getpid(),
+            "started": _started(os.getpid()),
             "host": socket.gethostname(),
             "job": os.environ.get("SLURM_JOB_ID", ""),
             "life": os.environ.get("SLURM_RESTART_COUNT", "0"),
@@ -192,6 +194,8 @@ class FolderLock:
                 return False
             if now != seen:
                 raise self._in_use(_describe(now))
+            if self._is_gone(_parse(seen)):
+                return True
         note(
             f"{self._folder} is taken over from a run ({holder}) of which nothing was heard for "
             f"{_STALE_SECONDS / 60:.0f} minutes"
@@ -201,7 +205,7 @@ class FolderLock:
     def _is_gone(self, holder: dict[str, Any]) -> bool:
         """Whether the holder is known to be dead, or as good as that, without waiting."""
         here = holder.get("host") == self._about["host"]
-        return self._follows(holder) or (here and not _runs(holder.get("process")))
+        return self._follows(holder) or (here and not _runs(holder))
 
     def _follows(self, holder: dict[str, Any]) -> bool:
         """Whether the holder is of an earlier life of this Slurm job."""
@@ -271,8 +275,13 @@ def _describe(heartbeat: bytes) -> str:
     return f"process {values['process']} on {values['host']}{job}"
 
 
-def _runs(process: object) -> bool:
-    """Whether this node has a process of that number; True where that is no number."""
+def _runs(holder: dict[str, Any]) -> bool:
+    """Whether the holder's process runs on this node; True where that cannot be known.
+
+    A process that nobody has waited for yet does not run, nor does one that has come to the number
+    of a dead one.
+    """
+    process = holder.get("process")
     if not isinstance(process, int) or process <= 0:
         return True
     try:
@@ -281,4 +290,18 @@ def _runs(process: object) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    started = _started(process)
+    return started is None or (started > 0 and started == holder.get("started", started))
+
+
+def _started(process: int) -> int | None:
+    """When a process of this node was started, in ticks since boot; 0 where it has ended.
+
+    None where that is kept from this user.
+    """
+    try:
+        about = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    state, *values = about.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(values[18])

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -85,6 +86,35 @@ def test_a_crash_on_this_node_holds_nobody_up(here: Path) -> None:
     killed(here)
     _, printed = goes_on(here)
     assert "in use" not in printed
+
+
+def test_a_process_that_nobody_has_waited_for_holds_nobody_up(here: Path) -> None:
+    job = started(here, *SIMULATE, *LONG)
+    job.signal(signal.SIGKILL)
+    while ") Z " not in Path(f"/proc/{job.process.pid}/stat").read_text():
+        time.sleep(0.01)
+    _, printed = goes_on(here)
+    assert "in use" not in printed
+    job.end()
+
+
+def test_another_process_of_the_same_number_holds_nobody_up(here: Path) -> None:
+    write_heartbeat(here, killed(here) | {"process": os.getpid()})
+    _, printed = goes_on(here)
+    assert "in use" not in printed
+
+
+def test_a_process_that_still_ends_holds_the_next_up_until_it_has(here: Path) -> None:
+    values = killed(here)
+    with subprocess.Popen(["sleep", "600"]) as ending:
+        del values["started"]
+        write_heartbeat(here, values | {"process": ending.pid})
+        job = Job(*RESUME, cwd=here)
+        job.until(lambda: "may be in use" in job.said())
+        ending.kill()
+    job.until(lambda: resumes(here))
+    job.signal(signal.SIGUSR1)
+    assert job.end(30).status == 128 + signal.SIGUSR1
 
 
 def test_a_crash_on_another_node_holds_the_next_up_for_some_minutes(here: Path) -> None:
