@@ -20,6 +20,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ _VERSION = 2
 _OPEN_FILES = 256
 """Kept open at once: well below the 1,024 that most systems permit a process."""
 _BLOCK = 1 << 20
+_LOADING = threading.Lock()
+"""Held while an index is loaded: Python 3.11 now and then fails to parse headers in two threads."""
 
 
 class ShardError(Exception):
@@ -147,16 +150,21 @@ class Shards:
 
     def _index(self, variant: str) -> np.ndarray:
         if variant not in self._indices:
-            path = self.folder / f"index-{variant}.npy"
-            try:
-                check_file(path, self._manifest["indices"][variant])
-                index = np.load(path, mmap_mode="r")
-                if index.dtype != INDEX:
-                    raise ValueError(f"{path} is no index")
-                self._indices[variant] = index
-            except (OSError, ValueError) as error:
-                raise ShardError(f"{error}: pack the folder again") from None
+            with _LOADING:
+                if variant not in self._indices:
+                    self._indices[variant] = self._load_index(variant)
         return self._indices[variant]
+
+    def _load_index(self, variant: str) -> np.ndarray:
+        path = self.folder / f"index-{variant}.npy"
+        try:
+            check_file(path, self._manifest["indices"][variant])
+            index = np.load(path, mmap_mode="r")
+            if index.dtype != INDEX:
+                raise ValueError(f"{path} is no index")
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{error}: pack the folder again") from None
+        return index
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import signal
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,6 +101,27 @@ def test_many_threads_open_a_shard_at_once(here: Path) -> None:
             shards = Shards(here / "packed/train")
             read = threads.map(lambda sample, of=shards: of.read(sample, 32), range(16))
             assert all(image.size for image in read)
+
+
+def test_many_threads_need_an_index_at_once(here: Path) -> None:
+    """Also where Python tidies up, and so changes threads, while it parses an index's header."""
+    pack(here, "--side", "20", "--side", "30", "--side", "40")
+
+    def change_threads(*_: object) -> None:
+        time.sleep(0)
+
+    usual = gc.get_threshold()
+    gc.callbacks.append(change_threads)
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for _ in range(100):
+                shards = Shards(here / "packed/train")
+                read = threads.map(lambda side, of=shards: of.read(0, side), [8, 25, 35, 99] * 4)
+                assert all(image.size for image in read)
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(change_threads)
 
 
 def test_other_tools_read_the_shards(here: Path) -> None:
