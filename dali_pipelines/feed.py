@@ -19,7 +19,7 @@ AHEAD = 3
 """Batches that are being read beyond those that DALI has asked for."""
 _RESIZED = 2
 """Batches that are resized ahead, where torch resizes."""
-_SMALL = 112
+_SMALL = 80
 """Up to this side, in pixels, DALI resizes sooner than Python starts torch for each image."""
 
 Job = Callable[[], tuple[Any, ...]]
