@@ -176,7 +176,7 @@ def save_events(runs: list[Run], path: Path) -> None:
     """The runs' event logs, from which all figures come, as one compressed archive."""
     with tarfile.open(path, "w:xz") as archive:
         for one in runs:
-            for name in ("config.toml", "events.jsonl", "summary.json"):
+            for name in ("config.toml", "events.jsonl", "summary.json", "real_seconds"):
                 archive.add(one.folder / name, f"{one.row}-{one.seed}/{name}")
     print(f"saved {path}")
 
