@@ -15,6 +15,7 @@ from common import Bar, Sheet, arguments
 from torch import nn
 from torch.nn import functional
 
+from dali_pipelines.augmentation import Augmentation
 from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.config import Settings, parse_settings
 from hpc_hdb.plan.rounds import split_evenly
@@ -34,7 +35,9 @@ class BareLoop:
     def __init__(self, settings: Settings, data: ImageSet, device: torch.device) -> None:
         torch.manual_seed(settings.run.seed)
         self.model: nn.Module = build_model(settings.model, len(data.classes)).to(device)
-        self.loader = TorchLoader(data, settings.data.threads, settings.train, device)
+        train = settings.train
+        augmentation = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
+        self.loader = TorchLoader(data, settings.data.threads, augmentation, device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=settings.schedule.learning_rate,
