@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from conftest import succeed
 
-from hpc_hdb.config import parse_settings, tomllib
+from hpc_hdb.config import load_settings, parse_settings, tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "benchmarks/accuracy/study.py"
@@ -135,11 +135,30 @@ def test_every_row_is_a_configuration(scale: str, monkeypatch: pytest.MonkeyPatc
     from accuracy.study import read_study, rows_of, settings_of
 
     study = read_study()
-    assert ("try-base" in rows_of(study, scale)) == (scale == "half")
-    for row in rows_of(study, scale):
+    rows = rows_of(study, scale)
+    assert ("try-base" in rows) == (scale == "half")
+    assert ("ours-less-smoothing" in rows) == (scale in ("gpu", "small")), "cpu's has none"
+    for row in rows:
         settings = parse_settings(settings_of(study, scale, row), row)
         assert settings.schedule.epochs == study["scales"][scale]["set"]["schedule"]["epochs"]
         assert settings.plan.workers == (1 if row.startswith("one-") else 4)
+
+
+def test_the_preset_is_ours_at_the_gpu_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDY.parent.parent)
+    from accuracy.study import read_study, settings_of
+
+    studied = parse_settings(settings_of(read_study(), "gpu", "ours"), "ours")
+    preset = load_settings("cifar10")
+    for key in ("model", "server"):
+        assert getattr(preset, key) == getattr(studied, key)
+    for key in ("workers", "small_workers", "time_ratio"):
+        assert getattr(preset.plan, key) == getattr(studied.plan, key)
+    assert preset.schedule.rates() == studied.schedule.rates()
+    assert preset.schedule.stages() == studied.schedule.stages()
+    assert preset.schedule.scale_with_workers == studied.schedule.scale_with_workers
+    for key in ("momentum", "weight_decay", "label_smoothing", "flip", "rotation", "zoom"):
+        assert getattr(preset.train, key) == getattr(studied.train, key)
 
 
 def test_an_unknown_row_is_refused(study: Study) -> None:

@@ -66,9 +66,22 @@ def filled_in(setting: Any, values: Table) -> Any:
 
 
 def rows_of(study: Table, scale: str) -> list[str]:
-    """The rows of a table: at the scale at which settings are chosen, the candidates for ours."""
-    every = study["rows"]
-    return [row for row in every if every[row].get("candidate", False) == (scale == _CHOOSES)]
+    """The rows of a table: at the scale at which settings are chosen, the candidates for ours.
+
+    A row that differs at this scale in nothing from the one that it is like is left out.
+    """
+
+    def repeats(row: str) -> bool:
+        like = study["rows"][row].get("like")
+        return like is not None and (
+            settings_of(study, scale, row) == settings_of(study, scale, like)
+        )
+
+    return [
+        row
+        for row, own in study["rows"].items()
+        if own.get("candidate", False) == (scale == _CHOOSES) and not repeats(row)
+    ]
 
 
 def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
