@@ -76,7 +76,7 @@ compiled: .venv/installed-test
 
 # Two files at a time, and beside them those that mostly wait: first Slurm's, which have deadlines.
 WAITING = tests/test_slurm_jobs.py tests/faults/test_lock.py tests/faults/test_disks.py \
-	tests/faults/test_soak.py
+	tests/faults/test_soak.py tests/test_benchmarks.py
 
 test: compiled .venv/installed-slurm .venv/mpich
 	@$(BIN)/python -m pytest $(WAITING) >.venv/waiting-tests.log 2>&1 & waiting=$$!; \

@@ -108,6 +108,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--workers", type=int, default=2, help="in both parts")
     parser.add_argument("--commits", type=int, default=20, help="of each worker in a block")
+    parser.add_argument("--modes", nargs="+", default=["asp", "ssp", "bsp"], help="of a killed worker")
     parser.add_argument("--repeats", type=int, default=5, help="launches of everything")
     options = parser.parse_args()
     sheet = Sheet("fault_tolerance")
@@ -122,7 +123,7 @@ def main() -> None:
         )
     sheet.table(["nothing fails", "with fault mitigation", "without", "ratio", ""], rows)
     rows = []
-    for sync in ("asp", "ssp", "bsp"):
+    for sync in options.modes:
         losses = [kill_a_worker(sync, options.workers) for _ in range(options.repeats)]
         noticed, commit, of_round = (statistics.median(c) for c in zip(*losses, strict=True))
         cells = [f"{1000 * seconds:.0f} ms" for seconds in (noticed, commit, of_round)]
