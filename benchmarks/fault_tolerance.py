@@ -108,7 +108,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--workers", type=int, default=2, help="in both parts")
     parser.add_argument("--commits", type=int, default=20, help="of each worker in a block")
-    parser.add_argument("--modes", nargs="+", default=["asp", "ssp", "bsp"], help="of a killed worker")
+    parser.add_argument(
+        "--modes", nargs="+", default=["asp", "ssp", "bsp"], help="that a worker is killed in"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="launches of everything")
     options = parser.parse_args()
     sheet = Sheet("fault_tolerance")
