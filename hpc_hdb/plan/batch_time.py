@@ -14,6 +14,9 @@ import numpy as np
 
 from hpc_hdb.errors import UserError
 
+_HIDDEN = 100
+"""Of how many parts of a step the one that noise hides is taken to be one."""
+
 
 @dataclass(frozen=True)
 class BatchTime:
@@ -114,6 +117,39 @@ def fit_batch_time(
     mean_size, mean_time = np.average(sizes, weights=weights), np.average(times, weights=weights)
     spread = weights * (sizes - mean_size)
     slope = float((spread * (times - mean_time)).sum() / (spread * (sizes - mean_size)).sum())
-    line = BatchTime(slope, float(mean_time - slope * mean_size))
-    errors = np.abs(slope * sizes + line.overhead - times) / times
+    return _described_by(BatchTime(slope, float(mean_time - slope * mean_size)), sizes, times)
+
+
+def fit_timings(batch_sizes: Sequence[float], seconds: Sequence[float]) -> BatchTimeFit:
+    """Fit ``t(b) = a*b + c`` to timings, also where their noise hides one of the coefficients.
+
+    Then that one is taken to be small. Where a step takes the same whatever its size, as on a GPU
+    that waits for its kernels to be launched, the images of the largest batch count as a hundredth
+    of the overhead; where the overhead cannot be told, it counts as one image.
+
+    Parameters
+    ----------
+    batch_sizes, seconds : sequence of float, length p
+        As in `fit_batch_time`, whose relative errors are minimised.
+
+    Returns
+    -------
+    BatchTimeFit
+    """
+    try:
+        return fit_batch_time(batch_sizes, seconds, relative=True)
+    except UserError:
+        sizes = np.asarray(batch_sizes, dtype=np.float64)
+        times = np.asarray(seconds, dtype=np.float64)
+    if np.unique(sizes).size > 1 and np.polyfit(sizes, times, 1, w=1 / times)[0] <= 0:
+        overhead = float(np.median(times))
+        line = BatchTime(overhead / (_HIDDEN * float(sizes.max())), overhead)
+    else:
+        image = float((times / sizes).min())
+        line = BatchTime(image, image)
+    return _described_by(line, sizes, times)
+
+
+def _described_by(line: BatchTime, sizes: np.ndarray, times: np.ndarray) -> BatchTimeFit:
+    errors = np.abs(line.seconds_per_image * sizes + line.overhead - times) / times
     return BatchTimeFit(line, float(errors.mean()), float(errors.max()), int(sizes.size))

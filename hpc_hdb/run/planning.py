@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, Stage, TrainingPlan, fit_batch_time, plan_training
+from hpc_hdb.plan import BatchTime, Stage, TrainingPlan, fit_timings, plan_training
 from hpc_hdb.plan.rounds import epoch_bounds
+from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.profile import measure_steps, read_timing, sweep_sizes
 from hpc_hdb.train.trainer import Trainer
 
@@ -145,17 +144,16 @@ def time_sweeps(trainer: Trainer, sizes: Mapping[int, list[int]]) -> list[float]
     Raises
     ------
     UserError
-        If a batch does not fit the GPU.
+        If a batch does not fit the memory.
     """
     times: list[float] = []
     for resolution, batches in sizes.items():
-        try:
+        with room_for(
+            f"a batch of up to {max(batches)} images at {resolution}x{resolution}",
+            trainer.device,
+            "lower schedule.large_batch, or find what fits with 'hdb profile'",
+        ):
             times += measure_steps(trainer, resolution, batches)
-        except torch.cuda.OutOfMemoryError:
-            raise UserError(
-                f"a batch of up to {max(batches)} images at {resolution}x{resolution} does not "
-                "fit the GPU: lower schedule.large_batch, or find what fits with 'hdb profile'"
-            ) from None
     return times
 
 
@@ -165,10 +163,6 @@ def fit_sweeps(sizes: Mapping[int, list[int]], seconds: Sequence[float]) -> dict
     start = 0
     for resolution, batches in sizes.items():
         measured = seconds[start : start + len(batches)]
-        try:
-            timing[resolution] = fit_batch_time(batches, measured, relative=True).line
-        except UserError:  # the noise hides the overhead: count it as one image's time
-            image = min(time / batch for batch, time in zip(batches, measured, strict=True))
-            timing[resolution] = BatchTime(image, image)
+        timing[resolution] = fit_timings(batches, measured).line
         start += len(batches)
     return timing

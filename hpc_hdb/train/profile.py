@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -14,16 +15,22 @@ import torch
 
 from dali_pipelines.shards import write_whole
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, BatchTimeFit, fit_batch_time
+from hpc_hdb.plan import BatchTime, BatchTimeFit, fit_timings
+from hpc_hdb.train.memory import free_memory, lacks_memory
 from hpc_hdb.train.trainer import Trainer
 
 _SIZES = 6
+_SMALLEST = 2
 _SMALLEST_PART = 16
+_SPARED = 1 / 16
 
 
 def sweep_sizes(largest: int) -> list[int]:
-    """Batch sizes to measure: from a sixteenth of the largest up, in equal ratios."""
-    smallest = max(1, largest // _SMALLEST_PART)
+    """Batch sizes to measure: from a sixteenth of the largest up, in equal ratios.
+
+    Not of one image where that can be helped: batch norm refuses it where maps shrink to a pixel.
+    """
+    smallest = max(1, min(_SMALLEST, largest - 1), largest // _SMALLEST_PART)
     return sorted({round(size) for size in np.geomspace(smallest, largest, _SIZES)})
 
 
@@ -33,7 +40,8 @@ def measure_steps(
     """Median time of a whole step, loading included, at each batch size.
 
     The sizes take turns, so that a disturbance of the machine falls on all of them. The first
-    half of a turn, slower after another size's steps, does not count: a round has one size.
+    half of a turn, slower after another size's steps, does not count: a round has one size. On a
+    GPU the median is over the turns' means.
 
     Parameters
     ----------
@@ -53,25 +61,33 @@ def measure_steps(
     trainer.model.train()
     times: list[list[float]] = [[] for _ in sizes]
     # The first step ever also sets up memory and kernels, so the second one gives the guess.
-    guesses = [_timed_steps(trainer, resolution, size, 2)[1] for size in sizes]
+    guesses = [_timed_steps(trainer, resolution, size, 1)[0] for size in sizes]
     counts = [max(1, round(seconds / repeats / guess)) for guess in trainer.settle(guesses)]
     for _ in range(repeats):
         for size, count, spent in zip(sizes, counts, times, strict=True):
-            spent += _timed_steps(trainer, resolution, size, 2 * count)[count:]
+            spent += _timed_steps(trainer, resolution, size, count)
     return [statistics.median(spent) for spent in times]
 
 
 def _timed_steps(trainer: Trainer, resolution: int, size: int, count: int) -> list[float]:
-    spent = []
-    batches = trainer.sample_batches(resolution, [size] * count, seed=0)
-    for _ in range(count):
+    """Seconds of each of `count` steps, after as many that do not count.
+
+    On a GPU only their mean: there the loader and Python run ahead of it, as in training.
+    """
+    on_gpu = trainer.device.type == "cuda"
+    batches = trainer.sample_batches(resolution, [size] * (2 * count), seed=0)
+
+    def mean_of(steps: int) -> float:
         start = time.perf_counter()
-        images, labels = next(batches)
-        trainer.step(images, labels, size)
-        if trainer.device.type == "cuda":
+        for images, labels in itertools.islice(batches, steps):
+            trainer.step(images, labels, size)
+        if on_gpu:
             torch.cuda.synchronize(trainer.device)
-        spent.append(time.perf_counter() - start)
-    return spent
+        return (time.perf_counter() - start) / steps
+
+    steps = count if on_gpu else 1
+    spent = [mean_of(steps) for _ in range(2 * count // steps)]
+    return spent[len(spent) // 2 :]
 
 
 def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
@@ -80,9 +96,9 @@ def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
     Raises
     ------
     UserError
-        If not even one image fits.
+        If not even two images fit; one alone is never tried, as in `sweep_sizes`.
     """
-    low, high = 0, 1
+    low, high = _SMALLEST - 1, min(_SMALLEST, bound)
     while high < bound and fits(high):
         low, high = high, min(2 * high, bound)
     if high == bound and fits(bound):
@@ -90,21 +106,24 @@ def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    if low == 0:
-        raise UserError("not even a batch of one image fits: use a smaller model or resolution")
+    if low < _SMALLEST:
+        raise UserError("not even a batch of two images fits: use a smaller model or resolution")
     return low
 
 
 def fits_device(trainer: Trainer, resolution: int, size: int) -> bool:
-    """Whether a training step of that batch fits the device's memory."""
+    """Whether a training step of that batch fits the device's memory, and its kernels' limits."""
+    fits = True
     try:
-        _timed_steps(trainer, resolution, size, 2)
-    except torch.cuda.OutOfMemoryError:
-        return False
-    finally:
-        if trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return True
+        _timed_steps(trainer, resolution, size, 1)
+    except (RuntimeError, MemoryError) as error:
+        # Tensors of 2^31 elements fail in many ways. The smallest batch, which is tried first,
+        # has none: what it raises is an error of the model's.
+        if size <= _SMALLEST and not lacks_memory(error):
+            raise
+        fits = False
+    free_memory(trainer.device)  # not before the error is gone: its traceback holds the tensors
+    return fits
 
 
 @dataclass(frozen=True)
@@ -128,12 +147,18 @@ class Timing:
 def profile_resolution(
     trainer: Trainer, resolution: int, bound: int, seconds: float = 1.0, repeats: int = 4
 ) -> Timing:
-    """Find the largest batch up to `bound` and fit the time model below it."""
+    """Find the largest batch up to `bound` and fit the time model below it.
+
+    On a GPU a sixteenth less than what just fits: while a run changes the resolution, the next
+    pipeline is there as well.
+    """
     if trainer.device.type == "cuda":
-        bound = largest_batch(lambda size: fits_device(trainer, resolution, size), bound)
+        found = largest_batch(lambda size: fits_device(trainer, resolution, size), bound)
+        if found < bound:
+            bound = max(_SMALLEST, round(found * (1 - _SPARED)))
     sizes = sweep_sizes(bound)
     times = measure_steps(trainer, resolution, sizes, seconds, repeats)
-    fit = fit_batch_time(sizes, times, relative=True)
+    fit = fit_timings(sizes, times)
     return Timing(fit, bound, list(zip(sizes, times, strict=True)))
 
 
