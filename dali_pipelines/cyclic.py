@@ -16,6 +16,7 @@ from torch import Tensor
 from dali_pipelines.augmentation import PLAIN, Augmentation, needed_sides
 from dali_pipelines.classification import Form
 from dali_pipelines.feed import Feed
+from dali_pipelines.transfer import to_device
 
 READERS = 4
 """Threads that read files: enough to hide the latency of a parallel file system."""
@@ -134,6 +135,9 @@ class CyclicLoader:
         )
         self._threads = threads
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            # Here, since the thread that builds pipelines has a current device of its own.
+            self._device = torch.device("cuda", torch.cuda.current_device())
 
     def steps(self, cycle: Cycle) -> int:
         """Batches of an epoch in a cycle."""
@@ -153,11 +157,14 @@ class CyclicLoader:
             On the device.
         """
         todo = [cycle for cycle in self._cycles if cycle.end_epoch > epoch]
+        stream = None
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as builder:
             upcoming: Future[Feed] | None = None
             for number, cycle in enumerate(todo):
                 place = (epoch, step) if number == 0 else (cycle.start_epoch, 0)
-                feed = upcoming.result() if upcoming else self._begin(cycle, place, readers)
+                feed = upcoming.result() if upcoming else self._begin(cycle, place, readers, stream)
                 upcoming = None
                 following = todo[number + 1] if number + 1 < len(todo) else None
                 left = (cycle.end_epoch - place[0]) * self.steps(cycle) - place[1]
@@ -165,18 +172,27 @@ class CyclicLoader:
                     images = feed.next()
                     if following and upcoming is None and left <= NOTICE:
                         start = (following.start_epoch, 0)
-                        upcoming = builder.submit(self._begin, following, start, readers)
+                        upcoming = builder.submit(self._begin, following, start, readers, stream)
                     left -= 1
                     labels = self._labels[torch.from_numpy(chosen)]
-                    yield of_epoch, of_step, images, labels.to(self._device, non_blocking=True)
+                    yield of_epoch, of_step, images, to_device(labels, self._device)
                 del feed  # at most two are alive
 
-    def _begin(self, cycle: Cycle, place: tuple[int, int], readers: ThreadPoolExecutor) -> Feed:
-        """A feed that has decoded its first batch, at `place` (epoch and step)."""
+    def _begin(
+        self,
+        cycle: Cycle,
+        place: tuple[int, int],
+        readers: ThreadPoolExecutor,
+        stream: torch.cuda.Stream | None,
+    ) -> Feed:
+        """A feed that has decoded its first batch, at `place` (epoch and step), for `stream`."""
         shape = (cycle.resolution, cycle.batch, self._threads)
         feed = Feed(self._form, *shape, self._device, readers)
         requests = self._requests(cycle, place)
-        feed.start((partial(self._read, cycle, *request) for request in requests), prefetch=True)
+        with torch.cuda.stream(stream):
+            feed.start(
+                (partial(self._read, cycle, *request) for request in requests), prefetch=True
+            )
         return feed
 
     def _requests(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -168,9 +169,13 @@ def test_the_next_pipeline_is_built_during_the_round_before(files: ImageFiles) -
     list(loader.batches(indices, [6, 6], 40, 0))
     loader.expect(24, 7)
     list(loader.batches(indices, [6, 6], 32, 0))
-    loader.prepare(24, 7)
+    deadline = time.monotonic() + 20
+    while len(feeds() - before) < 2:
+        assert time.monotonic() < deadline, "nothing is built before it is asked for"
+        time.sleep(0.01)
     built = feeds() - before
-    assert len(built) == 2
+    loader.prepare(24, 7)
+    assert feeds() - before == built
     [(images, _)] = loader.batches(indices[:7], [7], 24, 3)
     assert feeds() - before == built
     [(expected, _)] = DaliLoader(files, 1, Augmentation(), CPU).batches(indices[:7], [7], 24, 3)
@@ -354,6 +359,19 @@ def test_make_loader(files: ImageFiles) -> None:
     assert isinstance(make_loader(files, Data(loader="torch"), PLAIN, cuda), TorchLoader)
     assert isinstance(make_loader(pixels(), Data(loader="auto"), PLAIN, cuda), TorchLoader)
     assert isinstance(make_loader(pixels(), Data(loader="dali"), PLAIN, CPU), DaliLoader)
+
+
+def test_on_a_gpu_dali_decodes_with_the_cores_that_training_leaves(files: ImageFiles) -> None:
+    before, cuda = torch.get_num_threads(), torch.device("cuda", 0)
+    torch.set_num_threads(5)
+    try:
+        chosen = [
+            make_loader(files, Data(loader="dali", threads=threads), PLAIN, device)._threads
+            for threads, device in [(0, cuda), (2, cuda), (0, CPU), (2, CPU)]
+        ]
+    finally:
+        torch.set_num_threads(before)
+    assert chosen == [4, 2, 1, 2]
 
 
 def test_both_loaders_normalise_alike() -> None:

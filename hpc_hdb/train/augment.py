@@ -6,11 +6,14 @@ degrees, zoom by up to 25 %. The border is filled by reflection.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dali_pipelines.augmentation import Draws
+from dali_pipelines.transfer import to_device
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -27,9 +30,16 @@ def normalise(images: Tensor) -> Tensor:
     -------
     Tensor, shape (b, 3, h, w), float32
     """
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
+    mean, std = _statistics(images.device)
     return (images.float() - mean) / std
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's, each of shape (1, 3, 1, 1); copied to a GPU only once, which waits for it."""
+    with torch.inference_mode(False):  # they outlive an evaluation
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
+        return mean.to(device), std.to(device)
 
 
 def transform(images: Tensor, draws: Draws) -> Tensor:
@@ -46,7 +56,7 @@ def transform(images: Tensor, draws: Draws) -> Tensor:
     """
     mirrored, angle, scale = (torch.from_numpy(drawn) for drawn in draws[1:])
     if not angle.any() and bool((scale == 1).all()):
-        mask = mirrored.to(images.device).view(-1, 1, 1, 1)
+        mask = to_device(mirrored, images.device).view(-1, 1, 1, 1)
         return torch.where(mask, images.flip(3), images)
     side = torch.where(mirrored, -1.0, 1.0)
     matrix = torch.zeros(len(images), 2, 3)
@@ -54,5 +64,6 @@ def transform(images: Tensor, draws: Draws) -> Tensor:
     matrix[:, 0, 1] = -scale * angle.sin()
     matrix[:, 1, 0] = scale * angle.sin() * side
     matrix[:, 1, 1] = scale * angle.cos()
-    grid = functional.affine_grid(matrix.to(images.device), list(images.shape), align_corners=False)
+    matrix = to_device(matrix, images.device)
+    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

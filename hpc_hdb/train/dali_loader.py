@@ -16,10 +16,12 @@ from dali_pipelines.augmentation import PLAIN, Augmentation, Draws, needed_sides
 from dali_pipelines.classification import Form
 from dali_pipelines.cyclic import READERS
 from dali_pipelines.feed import Feed, Job
+from dali_pipelines.transfer import to_device
 from hpc_hdb.errors import BadImage, UserError
 from hpc_hdb.train.data import EncodedImages, ImageSet
 from hpc_hdb.train.decode import DecodeError, check_header, encode_blank
 from hpc_hdb.train.loader import Rows, cut_round
+from hpc_hdb.train.memory import lacks_memory
 
 _CPU = torch.device("cpu")
 _TRIAL_SIDE = 8
@@ -73,8 +75,8 @@ class DaliLoader:
         self._upcoming: tuple[int, Future[Feed]] | None = None
 
     def prepare(self, resolution: int, largest_batch: int) -> None:
-        if self._rows is not None:
-            largest_batch = max(1, len(range(largest_batch)[self._rows(largest_batch)]))
+        largest_batch = self._own(largest_batch)
+        self._take_upcoming(resolution)
         feed = self._idle.pop(resolution, None)
         if feed is None or feed.largest_batch < largest_batch:
             feed = None  # its memory is free before another pipeline asks for its own
@@ -84,7 +86,7 @@ class DaliLoader:
         self._idle[resolution] = feed
 
     def expect(self, resolution: int, largest_batch: int) -> None:
-        self._expected = (resolution, largest_batch)
+        self._expected = (resolution, self._own(largest_batch))
 
     def batches(
         self, indices: np.ndarray, sizes: Sequence[int], resolution: int, seed: int
@@ -100,14 +102,19 @@ class DaliLoader:
         masks: dict[int, np.ndarray] = {}
         feed.start(self._jobs(work, resolution, masks))
         for position, chosen in enumerate(chunks):
+            if position == max(0, len(chunks) - 2):
+                self._begin_expected()
             while True:
                 try:
                     images = feed.next()
                     break
                 except (RuntimeError, MemoryError) as error:
                     problem = self._explained(error, chosen, sides[position])
-                    if not (self._skip and isinstance(problem, BadImage)):
-                        raise problem from None
+                    try:
+                        if not (self._skip and isinstance(problem, BadImage)):
+                            raise problem from None
+                    finally:  # its traceback holds this frame and the feed: a cycle would stay
+                        del problem
                 del feed  # after an error DALI's pipeline is of no more use
                 self._leave_out(self._undecodable(chosen, sides[position]))
                 feed = self._build(self._form, resolution, largest_batch)
@@ -117,7 +124,7 @@ class DaliLoader:
                 self._idle[resolution] = feed
             labels = self._labels[torch.from_numpy(chosen[masks.pop(position)])]
             if len(labels) or self._rows:
-                yield images, labels.to(self._device, non_blocking=True)
+                yield images, to_device(labels, self._device)
 
     def _begin_expected(self) -> None:
         """Build the pipeline that the next round wants, beside the one in use and no other."""
@@ -130,6 +137,24 @@ class DaliLoader:
             self._idle.clear()
             built = self._readers.submit(self._build, self._form, resolution, largest_batch)
             self._upcoming = (resolution, built)
+
+    def _take_upcoming(self, resolution: int) -> None:
+        """Keep the pipeline that was built during the round before, if it is the one wanted."""
+        if self._upcoming is None:
+            return
+        (expected, built), self._upcoming = self._upcoming, None
+        try:
+            feed = built.result()
+        except RuntimeError as error:  # beside the other; alone it may well fit
+            if not lacks_memory(error):
+                raise
+        else:
+            if expected == resolution:
+                self._idle[resolution] = feed
+
+    def _own(self, batch: int) -> int:
+        """How many images of a batch this rank loads, 1 at least."""
+        return batch if self._rows is None else max(1, len(range(batch)[self._rows(batch)]))
 
     def _build(self, form: Form, resolution: int, largest_batch: int) -> Feed:
         return Feed(form, resolution, largest_batch, self._threads, self._device, self._readers)
@@ -193,8 +218,10 @@ class DaliLoader:
     def _explained(self, error: Exception, chosen: np.ndarray, sides: np.ndarray) -> Exception:
         """What to raise instead of DALI's own error."""
         reason = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
-        if self._device.type == "cuda" and _OUT_OF_MEMORY.search(reason):
-            return torch.cuda.OutOfMemoryError(reason)
+        if lacks_memory(error):
+            return torch.OutOfMemoryError(reason)
+        if _CUDA_ERROR.search(str(error)):
+            return UserError(f"DALI failed ({reason}): look at the GPU with nvidia-smi")
         culprit = next(iter(self._undecodable(chosen, sides)), None)
         if culprit is None or not isinstance(self._data, EncodedImages):
             return UserError(f'DALI failed ({reason}): set data.loader to "torch"')
@@ -212,22 +239,25 @@ class DaliLoader:
         """The samples of these on which DALI fails; its errors often do not say which."""
         bad = []
         feed: Feed | None = None
+        # Built outside of the try: that it cannot be built is no image's fault.
         for index, side in zip(chosen.tolist(), sides.tolist(), strict=True):
             if index in self._bad:
                 continue
+            feed = feed or self._build(self._plain, _TRIAL_SIDE, 1)
             try:
                 image = self._data.read(index, side)
-                feed = feed or self._build(self._plain, _TRIAL_SIDE, 1)
                 feed.start(iter([partial(tuple, [[image]])]))
                 feed.next()
                 feed.finish()
             except BadImage:
                 bad.append(index)
-            except RuntimeError:
+            except RuntimeError as error:
+                if lacks_memory(error) or _CUDA_ERROR.search(str(error)):
+                    raise
                 feed = None
                 bad.append(index)
         return bad
 
 
 _NOTHING = encode_blank()
-_OUT_OF_MEMORY = re.compile("can't allocate|allocation failed|out of memory", re.IGNORECASE)
+_CUDA_ERROR = re.compile("CUDA (runtime|driver) API error")

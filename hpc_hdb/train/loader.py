@@ -109,7 +109,10 @@ def make_loader(
     if settings.loader == "dali" or preferred:
         from hpc_hdb.train.dali_loader import DaliLoader
 
-        return DaliLoader(data, settings.threads, augmentation, device, skip, rows)
+        threads = settings.threads
+        if device.type == "cuda":  # else the rank's threads are at work with training
+            threads = threads or torch.get_num_threads() - 1
+        return DaliLoader(data, threads, augmentation, device, skip, rows)
     return TorchLoader(data, settings.threads, augmentation, device, skip, rows)
 
 
