@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import run
 from endings import (
     SECONDS,
@@ -66,7 +65,6 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(
     assert not (here / "out").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_asked_for(here: Path) -> None:
     refused(*SIMULATE, *sets("train.device=cuda"), told="torch sees no GPU here", cwd=here)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import socket
 import traceback
@@ -19,6 +20,7 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.train.data import EncodedImages, ImageSet, check_classes, open_data
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import make_loader, misses_dali
+from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.model import build_model
 from hpc_hdb.train.recalibrate import Recalibration
 from hpc_hdb.train.trainer import Trainer
@@ -35,13 +37,26 @@ class Place:
     threads: int
 
     def settle(self) -> None:
-        """Use it: threads, current GPU, and arithmetic that repeats bit for bit."""
+        """Use it: threads, current GPU, and arithmetic that repeats bit for bit.
+
+        Raises
+        ------
+        UserError
+            If the GPU cannot be used.
+        """
         torch.set_num_threads(self.threads)
         torch.backends.cudnn.deterministic = True
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        else:
+        if self.device.type != "cuda":
             _keep_memory()
+            return
+        try:
+            torch.cuda.set_device(self.device)
+        except RuntimeError as error:  # no memory for a context, or another process has it alone
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"GPU {self.device.index} of {socket.gethostname()} cannot be used ({reason}): see "
+                'who uses it with nvidia-smi, or set train.device = "cpu"'
+            ) from None
 
 
 def _keep_memory() -> None:
@@ -92,20 +107,35 @@ def note_slow_loading(
         )
 
 
-def check_gpus(settings: Settings, ranks: int) -> None:
-    """Raise UserError where `ranks` of this node share batches, and not each has a GPU.
+def gpu_number(device: torch.device) -> int:
+    """A number that is a GPU's own, however it is counted; 0 for the CPU.
 
-    Ranks that share a batch over NCCL cannot share a GPU.
+    Batch systems mostly show each rank its own GPU alone, as the first one.
     """
-    gpus = torch.cuda.device_count() if settings.train.device != "cpu" else 0
-    if ranks > gpus and (gpus or settings.train.device == "cuda"):
+    if device.type != "cuda":
+        return 0
+    name = str(torch.cuda.get_device_properties(device).uuid)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
+def check_gpus(settings: Settings, gpus: Sequence[int]) -> None:
+    """Raise UserError where ranks of this node share batches, and a GPU too.
+
+    NCCL does not let them.
+
+    Parameters
+    ----------
+    gpus : sequence of int
+        `gpu_number` of each rank that trains on a GPU.
+    """
+    if len(set(gpus)) < len(gpus):
         setting = f"server.ranks_per_worker = {settings.server.ranks_per_worker}"
         if settings.server.sync == "allreduce":
             setting = 'server.sync = "allreduce"'
         raise UserError(
-            f"{socket.gethostname()} has {gpus} GPUs for {ranks} ranks that train, and {setting} "
-            "needs one for each: start fewer ranks on a node, ask for more GPUs, or set "
-            'train.device = "cpu"'
+            f"{socket.gethostname()} has {len(set(gpus))} GPUs for {len(gpus)} ranks that train, "
+            f"and {setting} needs one for each: start fewer ranks on a node, ask for more GPUs, "
+            'or set train.device = "cpu"'
         )
 
 
@@ -186,7 +216,7 @@ def image_name(data: ImageSet, settings: Settings) -> Callable[[int], str]:
 def make_model(settings: Settings, classes: int, device: torch.device) -> nn.Module:
     """The model; a function of the user's that raises becomes a UserError which says where."""
     try:
-        return build_model(settings.model, classes).to(device)
+        model = build_model(settings.model, classes)
     except UserError:
         raise
     except Exception as error:
@@ -198,3 +228,7 @@ def make_model(settings: Settings, classes: int, device: torch.device) -> nn.Mod
             f"model.name = '{settings.model.name}' raised {type(error).__name__}: {error}{where}: "
             "mend it, or choose another model"
         ) from None
+    with room_for(
+        f"model.name = '{settings.model.name}'", device, "choose a smaller model, or a free device"
+    ):
+        return model.to(device)

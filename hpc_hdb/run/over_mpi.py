@@ -35,6 +35,7 @@ from hpc_hdb.run.build import (
     Place,
     check_gpus,
     choose_place,
+    gpu_number,
     image_name,
     make_evaluator,
     make_trainer,
@@ -286,10 +287,16 @@ def _place(comm: MPI.Intracomm, settings: Settings) -> Place:
     node.Allgather(workers, all_workers)
     node.Allgather(cores, all_cores)
     local_rank = int(all_workers[: node.rank].sum()) if works else -1
-    node.Free()
+    if not all_workers.any() and not torch.cuda.device_count():
+        settings = _on_cpu(settings)  # a node of servers needs none
+    place = choose_place(settings, local_rank, int(all_workers[all_cores == cores[0]].sum()))
     if settings.server.shared:
-        check_gpus(settings, int(all_workers.sum()))
-    return choose_place(settings, local_rank, int(all_workers[all_cores == cores[0]].sum()))
+        gpu = np.array([gpu_number(place.device) if works else 0], dtype=np.int64)
+        gpus = np.empty(node.size, dtype=np.int64)
+        node.Allgather(gpu, gpus)
+        check_gpus(settings, gpus[gpus > 0].tolist())
+    node.Free()
+    return place
 
 
 def _measure(

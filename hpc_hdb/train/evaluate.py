@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch.nn import functional
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
+from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.parameters import FlatModel
 from hpc_hdb.train.recalibrate import Recalibration
 
@@ -103,10 +105,13 @@ class Evaluator:
         ------
         CancelledError
             Soon after `cancel`.
+        UserError
+            If a batch of the recalibration does not fit the memory.
         """
-        self.parameters.flat.copy_(flat)
-        if self._recalibration is not None:
-            self._recalibration.apply(self.parameters.model, self._check_cancelled)
+        with self._on_device():
+            self.parameters.flat.copy_(flat)
+            if self._recalibration is not None:
+                self._recalibration.apply(self.parameters.model, self._check_cancelled)
 
     @torch.inference_mode()
     def evaluate(self, flat: Tensor) -> Evaluation:
@@ -116,7 +121,13 @@ class Evaluator:
         ------
         CancelledError
             Soon after `cancel`.
+        UserError
+            If a batch does not fit the memory, or all images are bad.
         """
+        with self._on_device():
+            return self._evaluate(flat)
+
+    def _evaluate(self, flat: Tensor) -> Evaluation:
         start = time.perf_counter()
         if self._group is not None:
             self._group.begin_evaluation(flat)
@@ -141,6 +152,17 @@ class Evaluator:
         if not samples:
             raise UserError("all held-out images are bad: bring good ones")
         return Evaluation(right / samples, total_loss / samples, time.perf_counter() - start)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Use the model's GPU in whatever thread, each of which has a current one of its own."""
+        flat, side = self.parameters.flat, self._resolution
+        what = f"an evaluation's batch of up to {self._batch} images at {side}x{side}"
+        with (
+            torch.cuda.device_of(flat),
+            room_for(what, flat.device, "lower run.evaluation_batch"),
+        ):
+            yield
 
     def _check_cancelled(self) -> None:
         if self._cancelled:

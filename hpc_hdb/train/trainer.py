@@ -18,6 +18,7 @@ from hpc_hdb.config import Train
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.train.loader import Loader
+from hpc_hdb.train.memory import free_memory, room_for
 from hpc_hdb.train.model import set_dropout, set_rows
 from hpc_hdb.train.parameters import FlatModel
 from hpc_hdb.train.sgd import EagerSGD
@@ -102,6 +103,8 @@ class Trainer:
         self._seed = seed
         self._dtype = choose_precision(settings, self.device)
         self._scaler = torch.amp.GradScaler(enabled=self._dtype == torch.float16)
+        # It starts at the first loss, which a rank without rows of the first batch has not.
+        self._scaler.scale(torch.zeros((), device=self.device))
         self._group = group
         self._optimizer: torch.optim.Optimizer = EagerSGD(
             model.parameters(),
@@ -136,8 +139,18 @@ class Trainer:
         Raises
         ------
         UserError
-            If a batch does not fit the GPU.
+            If a batch does not fit the memory.
         """
+        with room_for(
+            f"a batch of {order.batch} images at {order.resolution}x{order.resolution}",
+            self.device,
+            "lower schedule.large_batch, or find what fits with 'hdb profile'",
+        ):
+            return self._train_round(order, interrupted, tell)
+
+    def _train_round(
+        self, order: Order, interrupted: Callable[[], bool], tell: Callable[[Report], None]
+    ) -> Report | None:
         report = Report(ReportKind.COMMIT, order.small, order.index)
         report.rebuild_seconds = self._enter_stage(order)
         if not self._settings.keep_momentum:
@@ -149,25 +162,19 @@ class Trainer:
         self.model.train()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         start = reported = time.perf_counter()
-        try:
-            batches = _Timed(self._loader.batches(indices, sizes, order.resolution, seed))
-            for (images, labels), size in zip(batches, sizes, strict=False):
-                done = (report.steps + 0.5) / len(sizes)
-                self._set_rate(order.learning_rate + order.rate_change * done)
-                step = self.step(images, labels, size, interrupted)
-                totals += step.totals
-                report.steps += 1
-                report.samples += step.samples
-                if step.stopped:
-                    return None
-                if time.perf_counter() - reported > _PROGRESS_SECONDS:
-                    reported = time.perf_counter()
-                    tell(Report(ReportKind.PROGRESS, samples=report.samples))
-        except torch.cuda.OutOfMemoryError:
-            raise UserError(
-                f"a batch of {order.batch} images at {order.resolution}x{order.resolution} does "
-                "not fit the GPU: lower schedule.large_batch, or find what fits with 'hdb profile'"
-            ) from None
+        batches = _Timed(self._loader.batches(indices, sizes, order.resolution, seed))
+        for (images, labels), size in zip(batches, sizes, strict=False):
+            done = (report.steps + 0.5) / len(sizes)
+            self._set_rate(order.learning_rate + order.rate_change * done)
+            step = self.step(images, labels, size, interrupted)
+            totals += step.totals
+            report.steps += 1
+            report.samples += step.samples
+            if step.stopped:
+                return None
+            if time.perf_counter() - reported > _PROGRESS_SECONDS:
+                reported = time.perf_counter()
+                tell(Report(ReportKind.PROGRESS, samples=report.samples))
         left_out, self._loader.left_out = self._loader.left_out, []
         if self._group is not None:
             self._end_shared_round(self._group)
@@ -288,6 +295,7 @@ class Trainer:
         start = time.perf_counter()
         set_dropout(self.model, order.dropout)
         if order.resolution != self._resolution:
+            free_memory(self.device)
             self._loader.prepare(order.resolution, order.batch)
             self._resolution = order.resolution
         if order.next_resolution != order.resolution:
