@@ -57,13 +57,19 @@ def values(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
+def spaced(tensors: list[Tensor]) -> Tensor:
+    """One after another, each from a multiple of 256 bytes on, with zeros in between."""
+    return torch.cat([nn.functional.pad(t.flatten(), (0, -t.numel() % 64)) for t in tensors])
+
+
 def assert_views(flat: FlatModel) -> None:
-    """The model's values are the flat vector, one after another and nothing else."""
-    end = flat.flat.data_ptr()
+    """The model's values are the flat vector and nothing else, laid out for any GPU kernel."""
+    begin = flat.flat.data_ptr()
     for tensor in values(flat.model):
-        assert tensor.data_ptr() == end
-        end += tensor.numel() * 4
-    assert end == flat.flat.data_ptr() + flat.flat.numel() * 4
+        assert tensor.data_ptr() == begin
+        begin += -(-tensor.nbytes // 256) * 256
+    assert begin == flat.flat.data_ptr() + flat.flat.nbytes
+    assert torch.equal(flat.flat, spaced(values(flat.model)))
 
 
 def test_flattening_leaves_the_model_as_it_was() -> None:
@@ -83,18 +89,18 @@ def test_training_the_model_changes_the_buffer_and_stays_in_it() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert_views(flat)
-    assert torch.equal(flat.flat, torch.cat([tensor.flatten() for tensor in values(flat.model)]))
-    changed = flat.flat != before
-    assert changed[: sum(p.numel() for p in flat.model.parameters())].float().mean() > 0.9
+    changed = int((flat.flat != before).sum())
+    assert changed > 0.9 * sum(p.numel() for p in flat.model.parameters())
 
 
 def test_a_forward_pass_brings_its_batch_statistics_into_the_buffer() -> None:
     flat = FlatModel(small_model())
     before = flat.flat.clone()
     flat.model.train()(some_images())
-    parameters = sum(p.numel() for p in flat.model.parameters())
-    assert torch.equal(flat.flat[:parameters], before[:parameters])
-    assert (flat.flat[parameters:] != before[parameters:]).all()
+    assert torch.equal(flat.flat[: flat.trained], before[: flat.trained])
+    changed = flat.flat[flat.trained :] != before[flat.trained :]
+    statistics = [buffer for buffer in flat.model.buffers() if buffer.is_floating_point()]
+    assert changed.sum() == sum(buffer.numel() for buffer in statistics)
 
 
 def test_writing_the_buffer_makes_one_model_the_other() -> None:
@@ -111,6 +117,26 @@ def test_loading_a_state_keeps_the_model_in_its_buffer() -> None:
     flat = FlatModel(small_model())
     flat.model.load_state_dict(small_model().state_dict())
     assert_views(flat)
+
+
+def test_a_saved_state_is_the_models_in_one_piece(tmp_path: Path) -> None:
+    flat = FlatModel(small_model())
+    flat.model.train()(some_images())
+    torch.save(flat.state_dict(), tmp_path / "model.pt")
+    loaded, own = torch.load(tmp_path / "model.pt", weights_only=True), flat.model.state_dict()
+    assert loaded.keys() == own.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in own.items())
+    floats = [value for value in loaded.values() if value.is_floating_point()]
+    assert len({value.untyped_storage().data_ptr() for value in floats}) == 1
+
+
+def test_a_saved_state_holds_what_a_hook_puts_into_it() -> None:
+    model = small_model()
+    model.register_state_dict_post_hook(
+        lambda module, state, *_: state.update({"fc.1.bias": state["fc.1.bias"] + 1})
+    )
+    flat = FlatModel(model)
+    assert torch.equal(flat.state_dict()["fc.1.bias"], model.fc[1].bias + 1)
 
 
 def test_counters_do_not_travel() -> None:

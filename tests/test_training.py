@@ -176,9 +176,9 @@ def test_the_final_model_is_evaluated(done: Done) -> None:
     assert summary["final_accuracy"] == done.evaluations[-1]["accuracy"] > 0.2
 
 
-def test_momentum_is_kept_only_where_asked(done: Done) -> None:
+def test_momentum_is_kept_only_where_asked_and_in_the_end_once(done: Done) -> None:
     kept = list((done.folder / "checkpoint").glob("worker-*.pt"))
-    assert bool(kept) == done.kind.keep_momentum
+    assert len(kept) == (done.kind.workers if done.kind.keep_momentum else 0)
 
 
 def test_evaluate_finds_the_last_evaluation_again(train: Callable[[str], Done]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from hpc_hdb.plan.workload import Workload
 from hpc_hdb.run.build import make_model
 from hpc_hdb.run.planning import known_timing, stages_with_batches
 from hpc_hdb.train.data import open_data
+from hpc_hdb.train.parameters import FlatModel
 
 _SERVERS = (2, 4, 8, 16, 32, 64)
 _RANKS_PER_WORKER = (2, 4, 8)
@@ -109,9 +109,7 @@ def guess_classes(settings: Settings) -> int:
 
 def model_bytes(settings: Settings, classes: int) -> int:
     """Bytes of a commit: the model's parameters and floating-point buffers."""
-    model = make_model(settings, classes, torch.device("cpu"))
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return sum(4 * tensor.numel() for tensor in tensors if tensor.is_floating_point())
+    return FlatModel(make_model(settings, classes, torch.device("cpu"))).flat.nbytes
 
 
 def simulate_row(

@@ -23,6 +23,7 @@ from hpc_hdb.report.progress import Progress
 from hpc_hdb.report.summary import summarise
 from hpc_hdb.run.folder import RunFolder
 from hpc_hdb.train.checkpoint import (
+    drop_worker_states,
     find_best_accuracy,
     has_checkpoint,
     load_best,
@@ -128,9 +129,11 @@ def serve(
     log.emit("end", {"commit": server.commits})
     log.close()
     evaluator.load(model)
-    write_sealed(folder.model, evaluator.parameters.model.state_dict())
+    write_sealed(folder.model, evaluator.parameters.state_dict())
     summary = summarise(read_events(folder.path))
     folder.write_json("summary.json", summary)
+    # All but what the newest checkpoint goes on with, should this model be lost.
+    drop_worker_states(folder.checkpoints, server.saved)
     progress.end(summary, folder.path)
     return 0
 

@@ -184,6 +184,13 @@ def save_worker_state(folder: Path, rank: int, commits: int, state: dict, kept: 
     _worker_file(folder, rank, commits - kept).unlink(missing_ok=True)
 
 
+def drop_worker_states(folder: Path, worker_commits: Mapping[int, int]) -> None:
+    """Remove the workers' states but those after so many commits of each."""
+    kept = {_worker_file(folder, rank, commits) for rank, commits in worker_commits.items()}
+    for file in {*folder.glob("worker-*.pt")} - kept:
+        file.unlink(missing_ok=True)
+
+
 def load_worker_state(folder: Path, rank: int, commits: int, device: torch.device) -> dict | None:
     """What `save_worker_state` kept; None where it is missing or damaged.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,11 @@ class ParameterServer:
     def commits(self) -> int:
         """Commits merged so far, of all workers."""
         return self._book.commits
+
+    @property
+    def saved(self) -> Mapping[int, int]:
+        """Commits of each worker in the newest checkpoint."""
+        return self._snapshots.saved
 
     async def run(self) -> Tensor:
         """Serve until training ends.

@@ -44,6 +44,11 @@ class Snapshots:
         Of the checkpoints; None writes none.
     inline : bool
         Do everything within the loop instead of beside it.
+
+    Attributes
+    ----------
+    saved : dict of int to int
+        Commits of each worker in the newest checkpoint.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Snapshots:
         self._emit = emit
         self._note_left_out = note_left_out
         self._folder = folder
-        self._saved = dict(worker_commits)
+        self.saved = dict(worker_commits)
         self._seconds_before = 0.0
         self._next_evaluation = settings.evaluate_every
         self._evaluated = -1
@@ -83,7 +88,7 @@ class Snapshots:
     def resume(self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float) -> None:
         """Go on after `checkpoint`; the rest as in `ParameterServer.resume`."""
         self._best_accuracy = best_accuracy
-        self._saved = dict(self._worker_commits)
+        self.saved = dict(self._worker_commits)
         self._seconds_before = checkpoint.seconds
         self._evaluated = evaluated
         self._next_evaluation = self._evaluation_after(self._book.epoch_at(evaluated))
@@ -102,7 +107,7 @@ class Snapshots:
             await self._evaluate()
 
     async def save_if_due(self) -> None:
-        if max(map(self._unsaved, self._saved)) * 2 > self._settings.checkpoint_every:
+        if max(map(self._unsaved, self.saved)) * 2 > self._settings.checkpoint_every:
             await self._save()
 
     async def make_room(self, worker: int) -> None:
@@ -128,14 +133,14 @@ class Snapshots:
         """Give up the evaluation under way, and save what is merged."""
         self._evaluator.cancel()  # on resume it is done again
         self._wait_for_writer()
-        if any(map(self._unsaved, self._saved)):
+        if any(map(self._unsaved, self.saved)):
             await self._save()
             self._wait_for_writer()
         self._write_best()
         self._wait_for_writer()
 
     def _unsaved(self, worker: int) -> int:
-        return self._worker_commits[worker] - self._saved[worker]
+        return self._worker_commits[worker] - self.saved[worker]
 
     def _evaluation_after(self, epoch: float) -> int:
         """The epoch after which an evaluation is due that follows one after `epoch`."""
@@ -177,7 +182,7 @@ class Snapshots:
 
         def done(path: Path) -> None:
             self._release(checkpoint)
-            self._saved.update(checkpoint.worker_commits)
+            self.saved.update(checkpoint.worker_commits)
             self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
 
         self._write(checkpoint.file, lambda: save_checkpoint(folder, checkpoint, keep), done)
