@@ -63,15 +63,21 @@ built = [name for name, has in (("MPI", hvd.mpi_built()), ("NCCL", hvd.nccl_buil
 print(json.dumps({"version": horovod.__version__, "built": built}))
 """
 _DALI = """
-import json, nvidia.dali as dali
+import io, json, nvidia.dali as dali, numpy, torch
 from nvidia.dali import fn, pipeline_def
-@pipeline_def(batch_size=1, num_threads=1, device_id=None)
+from PIL import Image
+file = io.BytesIO()
+Image.new("RGB", (8, 8)).save(file, "JPEG")
+image = numpy.frombuffer(file.getvalue(), numpy.uint8)
+gpu = torch.cuda.is_available()
+@pipeline_def(batch_size=1, num_threads=1, device_id=0 if gpu else None)
 def pipe():
-    return fn.resize(fn.constant(idata=[0] * 48, shape=[4, 4, 3], dtype=dali.types.UINT8), size=2)
+    files = fn.external_source(lambda: [image])
+    return fn.resize(fn.decoders.image(files, device="mixed" if gpu else "cpu"), size=2)
 built = pipe()
 built.build()
 built.run()
-print(json.dumps({"version": dali.__version__}))
+print(json.dumps({"version": dali.__version__, "gpu": gpu}))
 """
 
 State = Literal["works", "broken", "not here"]
@@ -227,13 +233,14 @@ def check_horovod() -> Finding:
 
 
 def check_dali() -> Finding:
-    """NVIDIA DALI, for decoding images."""
+    """NVIDIA DALI, for decoding images: on the GPU where there is one."""
     answer = ask([], _DALI)
     if answer.told is None:
         missing: State = "not here" if "No module named" in answer.error else "broken"
         advice = "pip install 'hpc-hdb[dali]'; without it torch decodes"
         return Finding("DALI", missing, answer.error, advice)
-    return Finding("DALI", "works", answer.told["version"])
+    where = ", decodes on the GPU" if answer.told["gpu"] else ""
+    return Finding("DALI", "works", f"{answer.told['version']}{where}")
 
 
 def check_slurm() -> Finding:
