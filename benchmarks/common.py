@@ -103,6 +103,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that says where a loader decodes."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help="that decodes")
+
+
 def image_folder(text: str) -> Path:
     """Type of an option that names a folder of images with train/."""
     folder = Path(text)

@@ -37,6 +37,7 @@ def settings(options: argparse.Namespace) -> dict[str, object]:
         "schedule.learning_rate": 0.01,
         "schedule.large_batch": [options.batch],
         "train.precision": "fp32",
+        "train.device": "cpu",  # as its peer
         "run.threads": 1,
         "run.checkpoint_every": options.epochs,
         "run.evaluate_every": options.epochs,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import Bar, Sheet, arguments, hdb, image_folder, run
+from common import Bar, Sheet, add_device, arguments, hdb, image_folder, run
 from loader_peers import (
     CROP_AREA,
     ROTATION,
@@ -56,6 +56,7 @@ def cyclic(folder: Path, resolution: int, options: argparse.Namespace) -> Iterat
         [Cycle(0, 10**6, resolution, options.batch)],
         augmentation=how[options.augment],
         threads=options.cores,
+        device=options.device,
     )
     return loader.batches()
 
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[96, 128, 160, 224])
     parser.add_argument("--batch", type=int, default=50, help="images in a batch")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    add_device(parser)
     parser.add_argument("--augment", choices=["crop", "flip", "warp"], default="crop")
     parser.add_argument("--sides", type=int, nargs="+", default=[96, 128, 160, 192], help="packed")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
@@ -120,7 +122,10 @@ def main() -> None:
     for name in peers:
         head += [name, f"of {name}"]
     sheet.table(head, rows)
-    sheet.line(f"{options.cores} cores, batches of {options.batch}; medians of turns.")
+    sheet.line(
+        f"{options.cores} cores, batches of {options.batch}, DALI on {options.device}; medians of "
+        "turns."
+    )
     if options.save:
         sheet.save()
 

@@ -22,16 +22,18 @@ ROTATION, ZOOM, CROP_AREA = 18.0, 0.25, 0.08
 def bare_dali(folder: Path, resolution: int, options: argparse.Namespace) -> Iterator[object]:
     """DALI's own file reader and the same operators, without anything of ours."""
 
-    @pipeline_def(batch_size=options.batch, num_threads=options.cores, device_id=None)
+    device_id, device = (0, "mixed") if options.device == "cuda" else (None, "cpu")
+
+    @pipeline_def(batch_size=options.batch, num_threads=options.cores, device_id=device_id)
     def pipeline() -> tuple:
         files, labels = fn.readers.file(file_root=str(folder), random_shuffle=True)
         if options.augment == "crop":
             images = fn.decoders.image_random_crop(
-                files, output_type=types.RGB, random_area=[CROP_AREA, 1]
+                files, device=device, output_type=types.RGB, random_area=[CROP_AREA, 1]
             )
             images = fn.resize(images, size=(resolution, resolution))
         else:
-            images = fn.decoders.image(files, output_type=types.RGB)
+            images = fn.decoders.image(files, device=device, output_type=types.RGB)
             images = fn.resize(images, resize_shorter=resolution)
         mirror = fn.random.coin_flip()
         if options.augment == "warp":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from common import Bar, Sheet, arguments, image_folder
+from common import Bar, Sheet, add_device, arguments, image_folder
 
 from dali_pipelines.augmentation import Augmentation
 from dali_pipelines.cyclic import Cycle, CyclicLoader
@@ -37,7 +37,14 @@ def batches_of(
     data: ImageFiles, cycles: list[Cycle], options: argparse.Namespace
 ) -> Iterator[torch.Tensor]:
     """The images of a loader's batches."""
-    loader = CyclicLoader(data, cycles, (0, options.images), 0, Augmentation(), options.threads)
+    loader = CyclicLoader(
+        data,
+        cycles,
+        (0, options.images),
+        augmentation=Augmentation(),
+        threads=options.threads,
+        device=options.device,
+    )
     for _, _, images, _ in loader.batches(cycles[0].start_epoch):
         yield images
 
@@ -71,6 +78,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="of an epoch")
     parser.add_argument("--batch", type=int, default=50, help="images in a batch")
     parser.add_argument("--threads", type=int, default=2, help="that decode")
+    add_device(parser)
     parser.add_argument("--step", type=float, default=0.06, help="seconds of a training step")
     parser.add_argument("--rounds", type=int, default=3, help="times through the resolutions")
     options = parser.parse_args()
