@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -189,7 +190,7 @@ class CyclicLoader:
         shape = (cycle.resolution, cycle.batch, self._threads)
         feed = Feed(self._form, *shape, self._device, readers)
         requests = self._requests(cycle, place)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream) if stream else nullcontext():
             feed.start(
                 (partial(self._read, cycle, *request) for request in requests), prefetch=True
             )
