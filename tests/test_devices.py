@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.config import Settings, Train
 from hpc_hdb.errors import UserError
-from hpc_hdb.run.build import check_gpus
+from hpc_hdb.run.build import Place, check_gpus
 from hpc_hdb.run.planning import time_sweeps
 from hpc_hdb.train.data import ImageArray
 from hpc_hdb.train.evaluate import Evaluator
@@ -199,6 +199,13 @@ def test_a_failing_gpu_is_no_bad_image(
         assert caught is told
         assert feeds() == before
     assert loader.left_out == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here that can be used")
+def test_a_gpu_that_cannot_be_used_is_one_line() -> None:
+    told = r"^GPU 0 of .* cannot be used \(.*\): see who uses it with nvidia-smi, or set train\.dev"
+    with pytest.raises(UserError, match=told):
+        Place(torch.device("cuda", 0), torch.get_num_threads()).settle()
 
 
 def test_ranks_that_share_batches_need_a_gpu_each() -> None:
