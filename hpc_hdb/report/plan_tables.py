@@ -15,7 +15,7 @@ from hpc_hdb.report.units import format_count
 if TYPE_CHECKING:
     from hpc_hdb.train.profile import Timing
 
-_WHOLE = 0.9
+_WHOLE = 0.8
 """Of a planned batch: steps of more images than that count as whole."""
 
 
@@ -57,7 +57,7 @@ def rate_note(schedule: Schedule, workers: int) -> str:
 
 
 def commit_note(plan: TrainingPlan, commits_per_epoch: int) -> str:
-    """Where rounds cut batches to less than nine tenths of those planned; empty if nowhere."""
+    """Where rounds cut batches to less than four fifths of those planned; empty if nowhere."""
     shares = plan.shares
     cuts = []
     for stage in plan.stages:
