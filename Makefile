@@ -92,7 +92,13 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed-test
+# Photographs of 224x224 pixels or more; a user brings own ones.
+data/imagenette:
+	@test -f ../shared/data/imagenette-224-subset.tar || \
+		{ echo "bring photographs as data/imagenette/train/<class>/<image>.jpg" >&2; exit 2; }
+	@mkdir -p $@.part && tar -xf ../shared/data/imagenette-224-subset.tar -C $@.part && mv $@.part $@
+
+bench: .venv/installed-test | data/cifar10-jpeg data/imagenette
 	$(BIN)/python benchmarks/commit.py
 	$(BIN)/python benchmarks/servers.py
 	$(BIN)/python benchmarks/scale.py
@@ -103,8 +109,17 @@ bench: .venv/installed-test
 	$(BIN)/python benchmarks/shard_formats.py
 	$(BIN)/python benchmarks/resolution_switch.py
 	$(BIN)/python benchmarks/conventional.py
+	$(BIN)/python benchmarks/fault_tolerance.py
 
-study: .venv/installed-test
+# From the archive that developers have, or from torchvision.
+data/cifar10-jpeg: | .venv/installed-test
+	@if [ -f ../shared/data/cifar10-jpeg.tar.xz ]; then \
+		mkdir -p $@.part && tar -xJf ../shared/data/cifar10-jpeg.tar.xz -C $@.part && mv $@.part $@; \
+	else \
+		$(BIN)/python benchmarks/cifar10_jpeg.py $@; \
+	fi
+
+study: .venv/installed-test | data/cifar10-jpeg
 	$(BIN)/python benchmarks/accuracy/study.py --save
 
 docs: .venv/installed-docs

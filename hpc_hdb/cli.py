@@ -147,7 +147,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Solve the dual-batch plan: of a configuration, or of figures on the command line."""
-    from hpc_hdb.report.plan_tables import dual_batch_table, rate_note
+    from hpc_hdb.report.plan_tables import commit_note, dual_batch_table, rate_note
     from hpc_hdb.report.tables import plan_table
 
     figures = {
@@ -177,6 +177,8 @@ def plan(
         else:
             console.print(plan_table(solved))
             if note := rate_note(settings.schedule, solved.shares.workers):
+                console.print(note, highlight=False, soft_wrap=True)
+            if note := commit_note(solved, settings.server.commits_per_epoch):
                 console.print(note, highlight=False, soft_wrap=True)
             console.print(advice.line, highlight=False, soft_wrap=True)
         return

@@ -90,11 +90,27 @@ def test_cifar100_is_the_papers() -> None:
     assert load_settings("cifar100") == load_settings("paper-cifar100")
 
 
-def test_our_imagenet_keeps_the_papers_plan_and_stages() -> None:
+def test_our_imagenet_keeps_the_papers_plan_and_its_epochs_at_each_resolution() -> None:
     own, papers = load_settings("imagenet"), load_settings("paper-imagenet")
     assert own.plan == papers.plan
-    for key in ("epochs", "milestones", "resolutions", "dropout", "large_batch"):
-        assert getattr(own.schedule, key) == getattr(papers.schedule, key)
+
+    def epochs_at(settings: Settings) -> dict[tuple[int, float, int | None], int]:
+        """Epochs of each resolution with its dropout and large batch, over all cycles."""
+        total: dict[tuple[int, float, int | None], int] = {}
+        for stage in settings.schedule.stages():
+            key = (stage.resolution, stage.dropout, stage.large_batch)
+            total[key] = total.get(key, 0) + stage.end_epoch - stage.start_epoch
+        return total
+
+    assert epochs_at(own) == epochs_at(papers)
+    assert set(epochs_at(own).values()) == {35}
+
+
+def test_our_presets_have_a_cosine_and_one_cycle_of_resolutions() -> None:
+    for preset in ("cifar10", "imagenet"):
+        schedule = load_settings(preset).schedule
+        assert schedule.decay == "cosine"
+        assert [stage.resolution for stage in schedule.stages()] == schedule.resolutions
 
 
 def test_a_file_says_only_what_differs_from_the_defaults(tmp_path: Path) -> None:

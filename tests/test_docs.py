@@ -13,14 +13,41 @@ from hpc_hdb.cli import app
 from hpc_hdb.config import Settings, load_settings, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name after ``#``: the page's headings, as GitHub and mkdocs spell them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page), re.M)
+    words = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"\s", "-", heading) for heading in words}
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(page))
+    broken = [link for link in links if "://" not in link and not leads_somewhere(page, link)]
     assert not broken
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    found = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(found) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
 
 
 @pytest.mark.parametrize("section", Settings.model_fields)
@@ -37,6 +64,24 @@ def test_the_toml_example_is_a_configuration(tmp_path: Path) -> None:
     example = tmp_path / "flowers.toml"
     example.write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
     assert load_settings(str(example)).data.source == "folder"
+
+
+METHODS = [page for page in DOCS if page.parent.name == "accuracy" and page.stem != "study"]
+
+
+@pytest.mark.parametrize("page", METHODS, ids=name_of)
+def test_a_method_has_a_page_that_says_how_to_use_it_and_whose_it_is(
+    page: Path, tmp_path: Path
+) -> None:
+    text = page.read_text()
+    headings = ["Use", "Suggested values", "Details", "Cost", "Measured", "Source"]
+    assert re.findall(r"^## (.+)$", text, re.M) == headings
+    assert f"](accuracy/{page.name})" in (ROOT / "docs/accuracy.md").read_text()
+    example = tmp_path / "example.toml"
+    example.write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
+    assert load_settings(str(example)) != Settings()
+    for module in re.findall(r"`(hpc_hdb/\w+/\w+\.py)`", text):
+        assert (ROOT / module).is_file()
 
 
 def documented_commands() -> list[str]:

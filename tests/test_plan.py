@@ -374,10 +374,10 @@ def test_the_time_ratios_that_a_refusal_names_work(
 
 
 @pytest.mark.parametrize(
-    ("preset", "stages"),
+    ("presets", "stages"),
     [
         (
-            "cifar100",
+            ["cifar100", "paper-cifar100"],
             [
                 (0, 40, 0.2, 24, 0.1, 600),
                 (40, 80, 0.2, 32, 0.2, 560),
@@ -388,7 +388,7 @@ def test_the_time_ratios_that_a_refusal_names_work(
             ],
         ),
         (
-            "imagenet",
+            ["paper-imagenet"],
             [
                 (0, 20, 0.2, 160, 0.1, 2330),
                 (20, 40, 0.2, 224, 0.2, 1110),
@@ -403,11 +403,11 @@ def test_the_time_ratios_that_a_refusal_names_work(
         ),
     ],
 )
-def test_presets_have_the_schedule_of_the_paper(preset: str, stages: list[tuple]) -> None:
+def test_presets_have_the_schedule_of_the_paper(presets: list[str], stages: list[tuple]) -> None:
     keys = ("start_epoch", "end_epoch", "learning_rate", "resolution", "dropout", "large_batch")
     expected = [dict(zip(keys, stage, strict=True)) for stage in stages]
-    assert json.loads(hdb("schedule", preset, "--json")) == expected
-    assert json.loads(hdb("schedule", f"paper-{preset}", "--json")) == expected
+    for preset in presets:
+        assert json.loads(hdb("schedule", preset, "--json")) == expected
 
 
 def test_a_schedule_shows_the_small_batches_once_the_timing_is_known(digits: Path) -> None:
@@ -418,7 +418,7 @@ def test_a_schedule_shows_the_small_batches_once_the_timing_is_known(digits: Pat
 
 
 def test_without_cycling_only_the_highest_resolution_is_trained() -> None:
-    stages = load_settings("imagenet", ["schedule.cyclic=false"]).schedule.stages()
+    stages = load_settings("paper-imagenet", ["schedule.cyclic=false"]).schedule.stages()
     shown = [(stage.start_epoch, stage.end_epoch, stage.resolution) for stage in stages]
     assert shown == [(0, 60, 288), (60, 90, 288), (90, 105, 288)]
 

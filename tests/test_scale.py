@@ -236,6 +236,14 @@ def test_bsp_is_limited_where_merging_takes_longer_than_training() -> None:
         assert (merge >= group.seconds) == longer
 
 
+@pytest.mark.parametrize("commits", [1, 32, 200])
+def test_small_shares_that_so_many_commits_would_cut_into_nothing_are_not_asked_for(
+    commits: int,
+) -> None:
+    load = workload(small_share=0.75, time_ratio=1.05, samples=50_000, commits_per_epoch=commits)
+    assert load.saturation(NETWORK, STAR, "asp") is not None
+
+
 def test_a_tree_saturates_with_a_full_server_or_never() -> None:
     slow = workload(timing={16: BatchTime(1.0, 1.0), 24: BatchTime(1.0, 1.0)})
     assert slow.saturation(NETWORK, TREE, "asp") is None
@@ -333,6 +341,15 @@ def test_a_measured_network_is_found_beside_the_timing_and_by_name(
     assert "assumed" in hdb.json(*words)["network"]["source"]
     named = hdb.json(*words, "--set", "plan.network=other.json")["network"]
     assert named["source"] == "measured with 3 ranks, other.json"
+
+
+def test_a_plan_says_where_commits_cut_the_batches(hdb: Terminal) -> None:
+    words = ["plan", *DIGITS, *sets("plan.small_workers=0")]
+    assert "commits:" not in hdb(*words).out
+    cut = hdb(*words, *sets("server.commits_per_epoch=6")).out
+    images = round(1437 / 3) / 6
+    assert f"commits: a round of {images:.0f} images is 2 steps of {images / 2:.0f} at " in cut
+    assert "where batches of 64 are planned" in cut
 
 
 def test_a_plan_recommends_the_simplest_topology_that_is_fast(

@@ -175,3 +175,24 @@ def test_table_figure_and_logs_are_saved(study: Study, tmp_path: Path) -> None:
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
     with tarfile.open(files[".xz"]) as archive:
         assert "ours-0/events.jsonl" in archive.getnames()
+
+
+@pytest.mark.parametrize("name", ["cpu-test", "half-validation"])
+def test_the_committed_tables_come_from_the_committed_logs(
+    name: str, study: Study, tmp_path: Path
+) -> None:
+    results = ROOT / "benchmarks/results"
+    (committed,) = results.glob(f"accuracy-{name}-*.txt")
+    _command, *lines = committed.read_text().splitlines()
+    with tarfile.open(results / f"accuracy-{name}-events.tar.xz") as archive:
+        archive.extractall(tmp_path / name)
+    words = ["--scale", name.split("-")[0], "--split", name.split("-")[1], "--only-table"]
+    again = study("--work", str(tmp_path), "--rows", *rows_in(lines), *words)
+    assert again.status == 0, again.err
+    assert again.out.splitlines()[1:] == lines[1:]
+
+
+def rows_in(lines: list[str]) -> list[str]:
+    """The rows of a printed table."""
+    table = lines[lines.index("") + 2 :]
+    return [line.split()[0] for line in table[: table.index("")]]

@@ -12,12 +12,19 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from hpc_hdb.report.runs import Run as LoggedRun
 from hpc_hdb.report.runs import load_runs
 from hpc_hdb.report.style import STYLE, legend_below, new_figure, run_line
+
+_LABEL_HEIGHT = 0.035
+"""Of a label at a line's end, as a part of the axis."""
+_NEAR = 1.15
+"""Ends whose times differ by less than this factor have their labels in one column."""
 
 CONVENTIONAL = "paper-conventional-asp"
 """The paper's own baseline: its epoch is what others are compared with."""
@@ -35,16 +42,22 @@ class Run:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.folder / "summary.json").read_text())
 
-    @property
-    def real_seconds(self) -> float:
-        return sum(map(float, (self.folder / "real_seconds").read_text().split()))
-
     @cached_property
+    def log(self) -> LoggedRun:
+        (log,) = load_runs([self.folder])
+        return log
+
+    @property
+    def round_seconds(self) -> float | None:
+        """Mean real time of a round; None in logs of before it was measured."""
+        measured = [e["real_seconds"] for e in self.log.commits if "real_seconds" in e]
+        return statistics.mean(measured) if measured else None
+
+    @property
     def curve(self) -> tuple[list[float], list[float]]:
         """Virtual seconds of the evaluated models, and their accuracy."""
-        (log,) = load_runs([self.folder])
-        times = [log.evaluated_at(event) for event in log.evaluations]
-        return times, [event["accuracy"] for event in log.evaluations]
+        times = [self.log.evaluated_at(event) for event in self.log.evaluations]
+        return times, [event["accuracy"] for event in self.log.evaluations]
 
 
 def by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -75,7 +88,7 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table."""
     head = ["row", "", "accuracy", "spread", "seeds", "loss", "epochs", "images", "virtual time",
-            "of conventional's epoch", "simulated in"]  # fmt: skip
+            "of conventional's epoch", "real time of a round"]  # fmt: skip
     groups = by_row(runs)
     base = epoch_seconds(groups[CONVENTIONAL]) if CONVENTIONAL in groups else None
     lines = []
@@ -93,10 +106,15 @@ def table(
                 f"{mean_of(own, 'images'):,.0f}",
                 f"{mean_of(own, 'seconds'):.1f} s",
                 ratio,
-                f"{statistics.mean(run.real_seconds for run in own):.0f} s",
+                _round_seconds(own),
             ]
         )
     return head, lines
+
+
+def _round_seconds(runs: Sequence[Run]) -> str:
+    measured = [run.round_seconds for run in runs if run.round_seconds is not None]
+    return f"{statistics.mean(measured):.3g} s" if measured else "-"
 
 
 def verdicts(runs: Sequence[Run]) -> list[str]:
@@ -114,10 +132,10 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
 
     if "ours" not in groups:
         return []
-    if "one-large" in groups:
-        gap, spread = points("one-large"), 100 * spread_of(groups["one-large"])
+    for one in (row for row in groups if row.startswith("one-")):
+        gap, spread = points(one), 100 * spread_of(groups[one])
         lines.append(
-            f"goal: the accuracy of one worker within its spread ({spread:.2f}): "
+            f"goal: the accuracy of one worker ({one}) within its spread ({spread:.2f}): "
             f"{gap:+.2f} points: {verdict(gap >= -spread)}"
         )
     if CONVENTIONAL in groups:
@@ -134,29 +152,68 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
             f"goal: better than rate-scaled all-reduce in no more time: {gap:+.2f} points in "
             f"{ratio:.0%} of its time: {verdict(gap > 0 and ratio <= 1)}"
         )
+    if "all-reduce-treated" in groups:
+        gap = points("all-reduce-treated")
+        ratio = mean_of(groups["ours"], "seconds") / mean_of(
+            groups["all-reduce-treated"], "seconds"
+        )
+        lines.append(
+            f"beside all-reduce with our schedule: {gap:+.2f} points in {ratio:.0%} of its time, "
+            "in which exchanging gradients at every step is free"
+        )
     return lines
 
 
 def plot(runs: Sequence[Run], rows: dict[str, dict[str, Any]]) -> Figure:
     """Held-out accuracy against virtual time, mean of the seeds, of the rows to be plotted."""
+    shown = {row: own for row, own in by_row(runs).items() if rows[row].get("plot")}
     with rc_context(STYLE):
-        figure, (axes,) = new_figure(9.2, 5.2)
-        handles = []
-        shown = {row: own for row, own in by_row(runs).items() if rows[row].get("plot")}
+        figure, (axes,) = new_figure(9.2, 6.4)
+        handles, ends = [], []
         for position, (row, own) in enumerate(shown.items()):
             style = run_line(position)
             times, _ = own[0].curve
             accuracies = np.array([np.interp(times, *run.curve) for run in own])
-            axes.plot(times, accuracies.mean(0), **style)
-            if len(own) > 1:
-                axes.fill_between(
-                    times, accuracies.min(0), accuracies.max(0), color=style["color"], alpha=0.15
-                )
+            mean = accuracies.mean(0)
+            axes.plot(times, mean, **style)
+            axes.fill_between(
+                times, accuracies.min(0), accuracies.max(0), color=style["color"], alpha=0.15
+            )
+            ends.append((times[-1], mean[-1], style["color"]))
             handles.append(Line2D([], [], label=rows[row]["about"], **style))
+        seeds = max(map(len, shown.values()), default=0)
         axes.set(
-            title="Accuracy against time", xlabel="virtual seconds", ylabel="held-out accuracy"
+            title="Accuracy against time" + (f", mean and range of {seeds} seeds" * (seeds > 1)),
+            xlabel="virtual seconds",
+            ylabel="held-out accuracy",
+            xscale="log",
         )
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _label_ends(axes, ends)
         legend_below(figure, handles, columns=2)
         return figure
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+    """Write each line's last accuracy beside its end, one above the other where these are near."""
+    bottom, top = axes.get_ylim()
+    height = (top - bottom) * _LABEL_HEIGHT
+    placed: list[tuple[float, float]] = []
+    for time, accuracy, colour in sorted(ends, key=lambda end: -end[1]):
+        near = [y for x, y in placed if 1 / _NEAR < time / x < _NEAR]
+        y = min([accuracy, *(y - height for y in near)])
+        placed.append((time, y))
+        axes.annotate(
+            f"{accuracy:.1%}",
+            (time, y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            color=colour,
+            fontsize=8.5,
+            fontweight="bold",
+        )
+    axes.set_xlim(right=axes.get_xlim()[1] * _NEAR)

@@ -13,14 +13,12 @@ import argparse
 import shutil
 import sys
 import tarfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, Sheet, hdb, image_folder, run
+from common import RESULTS, Sheet, hdb, run
 
 from accuracy.results import Run, plot, table, verdicts
 from hpc_hdb.config import Settings, parse_settings, read_settings, tomllib
@@ -135,10 +133,7 @@ def time_model(rows: list[Table], folder: Path) -> Path:
 
 
 def train(settings: Settings, folder: Path) -> None:
-    """One run to its end, unless it is there already.
-
-    Its real seconds are added up in ``real_seconds``, those of interrupted lives included.
-    """
+    """One run to its end, unless it is there already."""
     if (folder / "config.toml").exists():
         if read_settings(folder / "config.toml") != settings:
             sys.exit(f"{folder} was made with other settings: remove it, or choose another --work")
@@ -149,47 +144,56 @@ def train(settings: Settings, folder: Path) -> None:
         configuration = folder.with_suffix(".toml")
         configuration.write_text(settings.to_toml(), encoding="utf-8")
         words = [configuration]
-    start = time.perf_counter()
-    try:
-        run([hdb(), "simulate", *words])
-    finally:
-        if folder.is_dir():
-            with (folder / "real_seconds").open("a", encoding="utf-8") as file:
-                print(round(time.perf_counter() - start, 1), file=file)
+    run([hdb(), "simulate", *words])
 
 
-def runs_of(study: Table, options: argparse.Namespace, scale: str) -> Iterator[Run]:
-    """Train all runs that are asked for, seed by seed; each as it is done."""
-    work = options.work / f"{scale}-{options.split}"
+def train_rows(study: Table, options: argparse.Namespace) -> None:
+    """Train all runs that are asked for, seed by seed."""
+    if not (options.data / "train").is_dir():
+        sys.exit(f"no images in {options.data}: make data/cifar10-jpeg, or say where with --data")
+    work = folder_of(options)
     work.mkdir(parents=True, exist_ok=True)
-    about = study["scales"][scale]
+    about = study["scales"][options.scale]
     data = images_of(options.data, work / "images", options.split, about["images"])
     source = {"data": {"source": "folder", "path": str(data)}}
-    usual = rows_of(study, scale)
+    usual = rows_of(study, options.scale)
     chosen = options.rows or usual
     rows = {
-        row: merged(settings_of(study, scale, row), source)
+        row: merged(settings_of(study, options.scale, row), source)
         for row in dict.fromkeys([*usual, *chosen])
     }
-    if about["set"]["plan"]["timing"] == "profile" and not options.only_table:
+    if about["set"]["plan"]["timing"] == "profile":
         timing = {"plan": {"timing": str(time_model(list(rows.values()), work))}}
         rows = {row: merged(settings, timing) for row, settings in rows.items()}
     for seed in range(options.seeds or about["seeds"]):
         for row in chosen:
             folder = work / f"{row}-{seed}"
             own = merged(rows[row], {"run": {"seed": seed, "output": str(folder)}})
-            if not options.only_table:
-                print(f"{row}, seed {seed} ...", file=sys.stderr, flush=True)
-                train(parse_settings(own, row), folder)
-            if (folder / "summary.json").exists():
-                yield Run(row, seed, folder)
+            print(f"{row}, seed {seed} ...", file=sys.stderr, flush=True)
+            train(parse_settings(own, row), folder)
+
+
+def done_runs(study: Table, options: argparse.Namespace) -> list[Run]:
+    """The runs that are asked for and have ended."""
+    work = folder_of(options)
+    runs = [
+        Run(row, seed, work / f"{row}-{seed}")
+        for row in options.rows or rows_of(study, options.scale)
+        for seed in range(options.seeds or study["scales"][options.scale]["seeds"])
+    ]
+    return [run for run in runs if (run.folder / "summary.json").exists()]
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """Where the runs of a scale and a split are."""
+    return options.work / f"{options.scale}-{options.split}"
 
 
 def save_events(runs: list[Run], path: Path) -> None:
     """The runs' event logs, from which all figures come, as one compressed archive."""
     with tarfile.open(path, "w:xz") as archive:
         for one in runs:
-            for name in ("config.toml", "events.jsonl", "summary.json", "real_seconds"):
+            for name in ("config.toml", "events.jsonl", "summary.json"):
                 archive.add(one.folder / name, f"{one.row}-{one.seed}/{name}")
     print(f"saved {path}")
 
@@ -200,8 +204,17 @@ def main() -> None:
     )
     scales = ["cpu", "half", "gpu"]
     parser.add_argument("--scale", choices=scales, default="cpu", help="of rows.toml")
-    parser.add_argument("--small", action="store_true", help="a few minutes, to see that it works")
-    parser.add_argument("--data", type=image_folder, default="data/cifar10-jpeg", help="the JPEGs")
+    parser.add_argument(
+        "--small",
+        dest="scale",
+        action="store_const",
+        const="small",
+        default=argparse.SUPPRESS,
+        help="a few minutes, to see that it works",
+    )
+    parser.add_argument(
+        "--data", type=Path, default="data/cifar10-jpeg", help="the JPEGs (make data/cifar10-jpeg)"
+    )
     parser.add_argument(
         "--split", choices=["test", "validation"], default="test", help="to test on"
     )
@@ -221,18 +234,25 @@ def main() -> None:
     study = read_study()
     if unknown := set(options.rows or ()) - set(study["rows"]):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(study['rows'])}")
-    scale = "small" if options.small else options.scale
-    runs = list(runs_of(study, options, scale))
+    if not options.only_table:
+        train_rows(study, options)
+    runs = done_runs(study, options)
     if not runs:
         sys.exit(f"no run of these rows is done in {options.work}")
-    sheet = Sheet(f"accuracy-{scale}-{options.split}", command="accuracy/study")
+    name = f"accuracy-{options.scale}-{options.split}"
+    sheet = Sheet(name, command="accuracy/study")
     sheet.table(*table(runs, study["rows"]))
-    sheet.line(f"{study['scales'][scale]['about']}. Held out: {options.split} images.")
+    sheet.line(f"{study['scales'][options.scale]['about']}. Held out: {options.split} images.")
+    sheet.line(
+        "The workers take turns on one device: time is that of the virtual clock, as if they"
+    )
+    sheet.line(
+        "ran side by side and exchanged models for nothing; that of a round is the device's."
+    )
     for line in verdicts(runs):
         sheet.line(line)
     if options.save is not None:
         sheet.save(options.save)
-        name = f"accuracy-{scale}-{options.split}"
         plot(runs, study["rows"]).savefig(options.save / f"{name}.png")
         save_events(runs, options.save / f"{name}-events.tar.xz")
 

@@ -67,8 +67,9 @@ class Report(_Record):
     """From a worker: what its round did and where its time went since the last report.
 
     `loss` is the sum over samples, `correct` the number classified right while training.
-    Seconds are wall-clock; `train_seconds` holds the local steps, `data_seconds` the part of
-    a round in which the steps waited for images.
+    `train_seconds` holds the local steps by the run's clock, `real_seconds` by the device's, which
+    on the virtual cluster is another; the other seconds are real ones. `data_seconds` is the part
+    of a round in which the steps waited for images.
     """
 
     kind: int
@@ -79,6 +80,7 @@ class Report(_Record):
     correct: int = 0
     loss: float = 0.0
     train_seconds: float = 0.0
+    real_seconds: float = 0.0
     data_seconds: float = 0.0
     rebuild_seconds: float = 0.0
     checkpoint_seconds: float = 0.0

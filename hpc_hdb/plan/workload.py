@@ -145,6 +145,8 @@ class Workload:
         """
         size = topology.ranks_per_worker
         low, high = 0, self.samples // self.commits_per_epoch // size
+        while high and not self._suffices(high * size):  # small shares are smaller than the mean
+            high = high * 9 // 10
         if not high or self._load(network, topology, high * size, sync) < 1:
             return None
         while high - low > 1:
@@ -154,6 +156,13 @@ class Workload:
             else:
                 high = middle
         return high * size
+
+    def _suffices(self, ranks: int) -> bool:
+        """Whether there is a sample for each commit of so many training ranks."""
+        try:
+            return bool(self.rounds(ranks))
+        except InfeasiblePlan:
+            return False
 
     def _load(self, network: Network, topology: Topology, ranks: int, sync: str) -> float:
         groups = self.rounds(ranks)

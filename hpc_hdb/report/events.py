@@ -14,7 +14,8 @@ through a resume). Events by name:
   ``stage``, ``learning_rate`` (as the round began), ``resolution``, ``dropout``, ``batch``,
   ``pulled_at``
   (commit count of the model it started from), ``samples``, ``steps``, ``loss``, ``accuracy``
-  (while training), ``predicted_seconds``, and the seconds of the round
+  (while training), ``predicted_seconds``, and the seconds of the round: ``train_seconds`` by the
+  run's clock, ``real_seconds`` by the device's, and others
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
 - ``checkpoint``: ``commit``, ``file``
 - ``slow_write``: ``file`` of a checkpoint that is still being written, and ``seconds`` since when

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from hpc_hdb.config import Schedule
-from hpc_hdb.plan import DualBatchPlan, Stage, scale_rate
+from hpc_hdb.plan import DualBatchPlan, Stage, TrainingPlan, scale_rate
+from hpc_hdb.report.units import format_count
 
 if TYPE_CHECKING:
     from hpc_hdb.train.profile import Timing
+
+_WHOLE = 0.8
+"""Of a planned batch: steps of more images than that count as whole."""
 
 
 def schedule_table(stages: Sequence[Stage]) -> Table:
@@ -49,6 +54,29 @@ def rate_note(schedule: Schedule, workers: int) -> str:
     if schedule.decay != "step":
         parts.append(f"{schedule.decay} decay to zero")
     return f"learning rate: as a stage begins; {', '.join(parts)}" if parts else ""
+
+
+def commit_note(plan: TrainingPlan, commits_per_epoch: int) -> str:
+    """Where rounds cut batches to less than four fifths of those planned; empty if nowhere."""
+    shares = plan.shares
+    cuts = []
+    for stage in plan.stages:
+        for batch, share in (
+            (stage.large_batch, shares.large_share),
+            (stage.small_batch, shares.small_share),
+        ):
+            if batch:
+                images = share / commits_per_epoch
+                steps = math.ceil(images / batch)
+                cuts.append((images / steps / batch, stage.resolution, images, steps, batch))
+    filled, resolution, images, steps, batch = min(cuts)
+    if filled > _WHOLE:
+        return ""
+    return (
+        f"commits: a round of {images:.0f} images is {format_count(steps, 'step')} of "
+        f"{images / steps:.0f} at {resolution} px, where batches of {batch} are planned: another "
+        "server.commits_per_epoch may leave them whole"
+    )
 
 
 def timing_table(timings: Mapping[int, Timing]) -> Table:

@@ -3,9 +3,10 @@
 Merging gives what averaging makes of the model. Its difference from the model before is taken for
 a gradient, and the server takes a step of its own with it. Sources: Nesterov's momentum as in
 DiLoCo, Douillard et al., arXiv 2311.08105, algorithm 1; SlowMo, Wang et al., arXiv 1910.00643,
-algorithm 1. The weight averages: exponential, Polyak and Juditsky 1992; stochastic, Izmailov et
-al., arXiv 1803.05407. All is arithmetic on flat buffers, element by element, so that every server
-does its slice, and every slice its parts.
+algorithm 1. The weight averages: exponential, common practice (Szegedy et al., arXiv 1512.00567,
+section 8, evaluate a running average of the parameters); stochastic, Izmailov et al., arXiv
+1803.05407, after the uniform mean of Polyak and Juditsky 1992. All is arithmetic on flat buffers,
+element by element, so that every server does its slice, and every slice its parts.
 """
 
 from __future__ import annotations

@@ -44,9 +44,8 @@ async def run_worker(
         report = trainer.train_round(order, link.interrupted, link.tell)
         if report is None:
             break
-        report.train_seconds = await link.elapse(
-            order.predicted_seconds, report.train_seconds + report.data_seconds
-        )
+        report.real_seconds = report.train_seconds + report.data_seconds
+        report.train_seconds = await link.elapse(order.predicted_seconds, report.real_seconds)
         model.to_wire()
         diverged = report.kind == ReportKind.DIVERGED
         if checkpoints is not None and not diverged:
