@@ -56,6 +56,7 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1
 PartitionName=urgent Nodes=ALL PriorityTier=9
+PartitionName=graceful Nodes=ALL PriorityTier=1 GraceTime=60
 """
 
 
@@ -187,12 +188,14 @@ class Cluster:
         return self.shown(job)["JobState"]
 
     def wait(self, job: str, state: str, seconds: float = 120) -> dict[str, str]:
-        """Wait until a job is in `state`; what ``scontrol`` then says of it."""
+        """Wait until a job is in `state`, requeued as it may be; what ``scontrol`` then says."""
         over = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
         def reached() -> bool:
             now = self.state(job)
             assert now == state or now not in over, f"job {job} is {now}, not {state}"
+            if now == "PENDING" != state:
+                self.hurry(job)
             return now == state
 
         wait_until(reached, seconds, f"job {job} to be {state}")
