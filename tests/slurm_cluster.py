@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -242,7 +243,11 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "mpi.conf").write_text(f"PMIxCliTmpDirBase={self.local}\n")
         for number in range(GPUS):  # stands for /dev/nvidia0, ...
-            (self.folder / f"gpu{number}").touch()
+            path = self.folder / f"gpu{number}"
+            if self.apart:  # Slurm tells jobs of devices only, which here is what /dev/null is
+                os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            else:
+                path.touch()
         devices = f"{self.folder}/gpu[0-{GPUS - 1}]"
         (self.folder / "gres.conf").write_text(f"Name=gpu File={devices}\n")
 

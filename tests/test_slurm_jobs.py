@@ -329,7 +329,7 @@ def test_what_is_typed_reaches_a_job_that_is_submitted_from_another(
     (folder / name).write_text("[data]\nsource = 'shards'\npath = 'my images'\n")
     body = f"""
     printf '%s\\0' "$@" >"{tmp_path}/words"
-    about="$SLURM_PROCID $SLURMD_NODENAME $(cat "$copy/shard")"
+    about="$SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $(cat "$copy/shard")"
     echo "$about ${{SLURM_RESTART_COUNT:-0}}" >>"{tmp_path}/ranks"
     sleep 1
     mkdir -p "$run"
@@ -357,7 +357,7 @@ def test_what_is_typed_reaches_a_job_that_is_submitted_from_another(
     ]  # fmt: skip
     ranks = sorted((tmp_path / "ranks").read_text().splitlines())
     nodes = ("n3", "n3", "n3", "n4", "n4")
-    assert ranks == [f"{rank} {node} images 0" for rank, node in enumerate(nodes)]
+    assert ranks == [f"{rank} {node} 0,1 images 0" for rank, node in enumerate(nodes)]
     assert not list(tmp_path.rglob("pwned"))
     again = cluster("sbatch", "--parsable", "job 1.sbatch", f"runs/%j `x`-{number}", cwd=folder)
     cluster.wait(again.strip(), "COMPLETED")
