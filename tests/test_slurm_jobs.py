@@ -243,6 +243,7 @@ def test_a_server_and_three_workers_on_two_nodes(
     steps = {rank: json.loads((watch / rank).read_text().splitlines()[0]) for rank in "123"}
     assert [len(steps[rank]["cores"]) for rank in "123"] == [1, 1, 1]
     assert steps["2"]["cores"] != steps["3"]["cores"]
+    assert [steps[rank]["gpus"] for rank in "123"] == ["0,1"] * 3
 
 
 def test_a_heterogeneous_job(
@@ -255,8 +256,11 @@ def test_a_heterogeneous_job(
         cluster, tmp_path, "digits", *LONG, *sets("schedule.epochs=10"), *staged(packed),
         "--server-partition", "urgent", "--nodes", "1", "--gpus-per-node", "2",
         HDB_SITE=str(staging_site(cluster, tmp_path)), SLOW="1", SLOW_LIVES="1",
+        WATCH=str(tmp_path),
     )  # fmt: skip
     job.wait_for_life(1)
+    for rank in "12":
+        assert json.loads((tmp_path / rank).read_text().splitlines()[0])["gpus"] == "0,1"
     nodes = [cluster.shown(part)["NodeList"] for part in (job.number, f"{job.number}+1")]
     assert nodes[0] != nodes[1]
     for node in nodes:
@@ -435,7 +439,7 @@ def test_srun_ends_a_job_that_has_lost_a_rank(
 ) -> None:
     """As mpirun does, whatever the MPI: here there is none, and the ranks only wait."""
     site = stand_in(tmp_path, "[[ $SLURM_PROCID = 1 ]] && kill -9 $$\nsleep 60")
-    words = ["digits", *SHORT, *sets("plan.workers=2")]
+    words = ["digits", *SHORT, "--gpus-per-node", "2"]
     job = Submitted(cluster, tmp_path, *words, HDB_SITE=str(site))
     wait_until(lambda: "task 1: Killed" in job.out, 30, "its end")
     wait_until(lambda: cluster.shown(job.number)["Restarts"] == "1", 10, "the next start")
@@ -534,8 +538,9 @@ def test_lost_nodes(struck: Submitted, cluster: Cluster, packed: Path, tmp_path:
 def test_a_killed_slurmd(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """Slurm starts the job again elsewhere, while all its ranks still run: they make way."""
     job = Submitted(
-        cluster, tmp_path, "digits", *LONG, "--sbatch", "exclude=n1,n2", SLOW="1", SLOW_LIVES="1"
-    )
+        cluster, tmp_path, "digits", *LONG, "--gpus-per-node", "2", "--sbatch", "exclude=n1,n2",
+        SLOW="1", SLOW_LIVES="1",
+    )  # fmt: skip
     job.wait_for_life(1)
     node = cluster.shown(job.number)["NodeList"]
     cluster.lose_daemon(node)
