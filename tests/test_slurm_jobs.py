@@ -392,6 +392,7 @@ def test_three_fruitless_starts(struck: Submitted, cluster: Cluster, tmp_path: P
     assert job.wait("FAILED")["Restarts"] == "2"
     assert job.out.count(f"{job.run} got no further: it is not started again") == 1
     assert "No such process" not in job.out
+    assert not list(job.run.iterdir()), "the next job has three starts again"
 
 
 def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:

@@ -30,9 +30,7 @@ _OF_THE_JOB = re.compile(
     "no-requeue|open-mode|output|priority|requeue|wckey"
 )
 _OF_THE_WORKERS = re.compile("gres.*|gpu.*|.*-per-gpu|nodelist")
-_OF_A_JOB_AROUND = re.compile(
-    "(SLURM|SLURMD|SBATCH|PMI|PMIX|OMPI_COMM|OMPI_UNIVERSE|PRTE_LAUNCHED)_"
-)
+_OF_A_JOB_AROUND = re.compile("(SLURM|SLURMD|PMI|PMIX|OMPI_COMM|OMPI_UNIVERSE)_")
 
 
 def typed_options(typed: Sequence[str]) -> Options:
