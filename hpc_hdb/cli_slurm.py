@@ -156,12 +156,12 @@ def slurm(
     if job_name is None:
         job_name = name if len(configs) == 1 else f"{name}+{len(configs) - 1}"
     shared = _ranks_per_worker(settings[0])
-    trained_by = workers * shared if workers else nodes * site.gpus_per_node
+    training_ranks = workers * shared if workers else nodes * site.gpus_per_node
     job = Job(
         configs,
         overrides or (),
         job_name,
-        trained_by or settings[0].plan.workers * shared,
+        training_ranks or settings[0].plan.workers * shared,
         settings[0].server.server_ranks,
         nodes,
         site.gpus_per_node,
@@ -181,17 +181,17 @@ def slurm(
         console.print("measures batch times on one device, and writes timing.json", highlight=False)
     else:
         _check(job, settings)
-        started_by = find_job_launcher(site.launcher)
-        text = training_script(job, site, started_by)
+        found_launcher = find_job_launcher(site.launcher)
+        text = training_script(job, site, found_launcher)
         limit = limit_seconds(site.time or template_option(job.template, "time"))
         lines = [
             _time_line(config, its, job.workers, samples, limit, site.grace)
             for config, its in zip(configs, settings, strict=True)
         ]
-        if site.launcher == "auto" and started_by.kind == "srun":
+        if site.launcher == "auto" and found_launcher.kind == "srun":
             lines.append(
-                "no mpirun here: srun starts the ranks, which may want an --mpi=... of it; "
-                "sbatch --ntasks=2 --wrap='hdb doctor' tells, for --launcher"
+                "no mpirun here, so plain srun starts the ranks: whether it can, or with which "
+                "--mpi=..., is told by sbatch --ntasks=2 --wrap='hdb doctor'; then --launcher"
             )
         _write(script, text, force)
         _show(console, job, site, lines)
@@ -236,12 +236,12 @@ def _ranks_per_worker(settings: Settings) -> int:
     return 1 if server.sync == "allreduce" else server.ranks_per_worker
 
 
-def _workers(settings: Settings, job_workers: int) -> int:
+def _workers(settings: Settings, ranks: int) -> int:
     """Of so many ranks that train, the workers that a plan is made for."""
     server = settings.server
     if server.sync == "allreduce":
-        return job_workers
-    return count_workers(job_workers + server.servers, server.servers, server.ranks_per_worker)
+        return ranks
+    return count_workers(ranks + server.servers, server.servers, server.ranks_per_worker)
 
 
 def _check(job: Job, settings: Sequence[Settings]) -> None:

@@ -277,7 +277,7 @@ def test_the_launcher_is_that_of_this_python(
     assert "launch=(mpirun -n" in Path("digits.sbatch").read_text()
     assert "no mpirun here" not in answer.out
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
-    assert "no mpirun here: srun starts the ranks" in hdb("slurm", "digits").out
+    assert "no mpirun here, so plain srun starts the ranks" in hdb("slurm", "digits").out
     assert "launch=(srun --ntasks=" in Path("digits.sbatch").read_text()
 
 
