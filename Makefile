@@ -130,10 +130,13 @@ docs: .venv/installed-docs
 EXTRAS ?= mpi,dali
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' hpc_hdb/__init__.py)
 HOME_OF_MODULE = $(abspath $(PREFIX))/hpc-hdb/$(VERSION)
-MODULEFILE = sed -e 's|@PREFIX@|$(HOME_OF_MODULE)|' -e 's|@VERSION@|$(VERSION)|'
+MODULEFILE = sed -e 's|@PREFIX@|$(HOME_OF_MODULE)|' -e 's|@VERSION@|$(VERSION)|' \
+	$(if $(findstring mpi,$(EXTRAS)),,-e '/@MPI@/d') -e 's| *[-;\#]* @MPI@$$||'
 
 module:
-	@test -n "$(PREFIX)" || { echo "say where: make module PREFIX=/sw" >&2; exit 2; }
+	@test -n "$$PREFIX" || { echo "say where: make module PREFIX=/sw" >&2; exit 2; }
+	@case $$PREFIX in *[!A-Za-z0-9/._+-]*) \
+		echo "PREFIX=$$PREFIX: letters, digits and / . _ + - only" >&2; exit 2 ;; esac
 	$(PYTHON) -m venv --clear $(HOME_OF_MODULE)
 	$(HOME_OF_MODULE)/bin/python -m pip install --quiet --disable-pip-version-check '.[$(EXTRAS)]'
 	mkdir -p $(PREFIX)/modulefiles/hpc-hdb

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc_hdb.cluster.roles import check_roles
+from hpc_hdb.cluster.roles import check_roles, count_workers
 from hpc_hdb.config import Settings, load_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.report.terminal import find_console
+from hpc_hdb.run.launchers import find_job_launcher
+from hpc_hdb.run.sbatch import Options, check_options, limit_seconds, submit, typed_options
 from hpc_hdb.run.site import Site, load_site
 from hpc_hdb.run.slurm import (
     Job,
-    limit_seconds,
+    is_as_written,
     profile_script,
-    submit,
     template_option,
     training_script,
 )
@@ -49,7 +50,7 @@ def slurm(
         int | None,
         typer.Option(
             min=1,
-            help="By default one on each GPU; without GPUs plan.workers.",
+            help="By default as many as there are GPUs for; without GPUs plan.workers.",
             rich_help_panel=_JOB,
         ),
     ] = None,
@@ -114,7 +115,7 @@ def slurm(
         int | None, typer.Option(min=0, help="GPUs of a node.", rich_help_panel=_SITE)
     ] = None,
     cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="Cores of a rank.", rich_help_panel=_SITE)
+        int | None, typer.Option(min=1, help="Slurm's CPUs of a rank.", rich_help_panel=_SITE)
     ] = None,
     launcher: Annotated[
         str | None,
@@ -123,12 +124,17 @@ def slurm(
     sbatch: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE", help="Any option of sbatch; repeatable.", rich_help_panel=_SITE
+            metavar="NAME[=VALUE]", help="Any option of sbatch; repeatable.", rich_help_panel=_SITE
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="SCRIPT", help="By default NAME.sbatch."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="SCRIPT",
+            help="By default NAME.sbatch, or NAME-profile.sbatch.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the script.")] = False,
     submitted: Annotated[bool, typer.Option("--submit", help="Submit it.")] = False,
@@ -148,13 +154,15 @@ def slurm(
     )
     name = Path(configs[0]).stem
     if job_name is None:
-        job_name = name if len(configs) == 1 else f"{name} and {len(configs) - 1} more"
+        job_name = name if len(configs) == 1 else f"{name}+{len(configs) - 1}"
+    shared = _ranks_per_worker(settings[0])
+    training_ranks = workers * shared if workers else nodes * site.gpus_per_node
     job = Job(
         configs,
         overrides or (),
         job_name,
-        workers or nodes * site.gpus_per_node or settings[0].plan.workers,
-        settings[0].server.servers,
+        training_ranks or settings[0].plan.workers * shared,
+        settings[0].server.server_ranks,
         nodes,
         site.gpus_per_node,
         server_partition,
@@ -162,10 +170,10 @@ def slurm(
         settings[0].data.path if stage else None,
         chain,
         Path.cwd(),
-        {str(key): str(value) for key, value in site.options.items()} | _options(sbatch or ()),
+        _options(site, sbatch or ()),
     )
     console = find_console()
-    script = output or Path(f"{name}.sbatch")
+    script = output or Path(f"{name}-profile.sbatch" if profile else f"{name}.sbatch")
     if profile:
         if len(configs) > 1:
             raise UserError("--profile measures for one CONFIG: leave out the others")
@@ -173,12 +181,18 @@ def slurm(
         console.print("measures batch times on one device, and writes timing.json", highlight=False)
     else:
         _check(job, settings)
-        text = training_script(job, site)
+        found_launcher = find_job_launcher(site.launcher)
+        text = training_script(job, site, found_launcher)
         limit = limit_seconds(site.time or template_option(job.template, "time"))
         lines = [
             _time_line(config, its, job.workers, samples, limit, site.grace)
             for config, its in zip(configs, settings, strict=True)
         ]
+        if site.launcher == "auto" and found_launcher.kind == "srun":
+            lines.append(
+                "no mpirun here, so plain srun starts the ranks: whether it can, or with which "
+                "--mpi=..., is told by sbatch --ntasks=2 --wrap='hdb doctor'; then --launcher"
+            )
         _write(script, text, force)
         _show(console, job, site, lines)
     if submitted:
@@ -205,27 +219,47 @@ def _site(**typed: str | int | None) -> Site:
     return load_site().model_copy(update=chosen)
 
 
-def _options(typed: Sequence[str]) -> dict[str, str]:
-    options = {}
-    for option in typed:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"--sbatch {option}: write NAME=VALUE, such as mail-type=END")
-        options[name.removeprefix("--")] = value
+def _options(site: Site, typed: Sequence[str]) -> Options:
+    """Further options of sbatch: those of the site file, and what was typed."""
+    of_site = {
+        name: value if isinstance(value, bool) else str(value)
+        for name, value in site.options.items()
+    }
+    options = of_site | typed_options(typed)
+    check_options(options)
     return options
+
+
+def _ranks_per_worker(settings: Settings) -> int:
+    """How many ranks a worker takes; with all-reduce every rank counts as one."""
+    server = settings.server
+    return 1 if server.sync == "allreduce" else server.ranks_per_worker
+
+
+def _workers(settings: Settings, ranks: int) -> int:
+    """Of so many ranks that train, the workers that a plan is made for."""
+    server = settings.server
+    if server.sync == "allreduce":
+        return ranks
+    return count_workers(ranks + server.servers, server.servers, server.ranks_per_worker)
 
 
 def _check(job: Job, settings: Sequence[Settings]) -> None:
     """Raise UserError for what would end the job as it starts."""
     for its in settings:
-        if its.server.servers != job.servers:
-            raise UserError("the CONFIGs of a job array must have the same server.servers")
-        check_roles(job.workers + job.servers, its.plan.small_workers, job.servers)
+        server = its.server
+        if server.server_ranks != job.servers:
+            raise UserError("the CONFIGs of a job array must have as many servers as one another")
+        if server.sync != "allreduce":
+            ranks = job.workers + job.servers
+            check_roles(ranks, its.plan.small_workers, job.servers, server.ranks_per_worker)
+    if not job.servers and job.server_partition is not None:
+        raise UserError('server.sync = "allreduce" has no server: leave out --server-partition')
     most = job.nodes * job.gpus_per_node
     if most and job.workers > most:
         raise UserError(
-            f"--workers {job.workers}: {job.nodes} nodes of {job.gpus_per_node} GPUs have room for "
-            f"{most}, one on each"
+            f"{job.workers} ranks that train: {job.nodes} nodes of {job.gpus_per_node} GPUs have "
+            f"room for {most}, one on each: lower --workers"
         )
     sources = {(its.data.source, its.data.path) for its in settings}
     if job.shards is not None and sources != {("shards", job.shards)}:
@@ -236,12 +270,12 @@ def _check(job: Job, settings: Sequence[Settings]) -> None:
 
 
 def _time_line(
-    config: str, settings: Settings, workers: int, samples: int | None, limit: float, grace: int
+    config: str, settings: Settings, ranks: int, samples: int | None, limit: float, grace: int
 ) -> str:
     """What is predicted, or why nothing is."""
     from hpc_hdb.report.job_tables import time_lines
 
-    plan = _plan(settings, workers, samples)
+    plan = _plan(settings, _workers(settings, ranks), samples)
     if isinstance(plan, str):
         return f"{config}: no prediction: {plan}"
     return f"{config}: {time_lines(plan, limit, grace)}"
@@ -252,7 +286,7 @@ def _plan(settings: Settings, workers: int, samples: int | None) -> TrainingPlan
     from hpc_hdb.run.planning import known_timing, make_plan
     from hpc_hdb.train.data import open_data
 
-    timing = known_timing(settings)
+    timing = known_timing(settings, workers)
     if timing is None:
         return "batch times are measured as the run starts (or beforehand, with --profile)"
     if samples is None:
@@ -265,10 +299,13 @@ def _plan(settings: Settings, workers: int, samples: int | None) -> TrainingPlan
 
 def _write(script: Path, text: str, force: bool) -> None:
     try:
-        if not force and script.exists() and script.read_text(errors="surrogateescape") != text:
-            raise UserError(
-                f"{script} exists and is another script: choose another --output, or --force"
-            )
+        if not force and script.exists():
+            there = script.read_text(encoding="utf-8", errors="surrogateescape")
+            if there != text and not is_as_written(there):
+                raise UserError(
+                    f"{script} exists and is another script, or was edited: choose another "
+                    "--output, or --force"
+                )
         script.write_text(text, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"cannot write {script}: {error.strerror}") from None

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +57,7 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1
 PartitionName=urgent Nodes=ALL PriorityTier=9
+PartitionName=graceful Nodes=ALL PriorityTier=1 GraceTime=60
 """
 
 
@@ -187,12 +189,14 @@ class Cluster:
         return self.shown(job)["JobState"]
 
     def wait(self, job: str, state: str, seconds: float = 120) -> dict[str, str]:
-        """Wait until a job is in `state`; what ``scontrol`` then says of it."""
+        """Wait until a job is in `state`, requeued as it may be; what ``scontrol`` then says."""
         over = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
         def reached() -> bool:
             now = self.state(job)
             assert now == state or now not in over, f"job {job} is {now}, not {state}"
+            if now == "PENDING" != state:
+                self.hurry(job)
             return now == state
 
         wait_until(reached, seconds, f"job {job} to be {state}")
@@ -239,7 +243,11 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "mpi.conf").write_text(f"PMIxCliTmpDirBase={self.local}\n")
         for number in range(GPUS):  # stands for /dev/nvidia0, ...
-            (self.folder / f"gpu{number}").touch()
+            path = self.folder / f"gpu{number}"
+            if self.apart:  # Slurm tells jobs of devices only, which here is what /dev/null is
+                os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            else:
+                path.touch()
         devices = f"{self.folder}/gpu[0-{GPUS - 1}]"
         (self.folder / "gres.conf").write_text(f"Name=gpu File={devices}\n")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import BIN, run
 
+from hpc_hdb.run.doctor import check_slurm
+
 PARTS = ["PyTorch", "GPUs", "MPI", "launcher", "fault tolerance", "Horovod", "DALI", "Slurm"]
 
 
@@ -49,6 +51,14 @@ def test_what_is_missing_is_named_with_what_to_type(tmp_path: Path) -> None:
         assert found[part]["state"] == "broken"
         assert "libgone.so" in found[part]["found"]
     assert found["Slurm"]["state"] == "not here"
+
+
+def test_a_slurm_without_sinfo_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = check_slurm()
+    assert (found.state, found.found) == ("broken", "there is an sbatch, and no sinfo")
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import lacks
 
 from hpc_hdb import __version__
 
@@ -58,7 +59,7 @@ def clean_environment() -> dict[str, str]:
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Installed by ``make module``; torch and the like are lent, not installed a second time."""
     if not LMOD.exists():
-        pytest.skip("no Lmod here: apt-get install lmod")
+        lacks("no Lmod here: apt-get install lmod")
     lent = tmp_path_factory.mktemp("lent")
     for path in Path(pytest.__file__).parents[1].iterdir():
         if not path.name.startswith(OWN):
@@ -112,7 +113,7 @@ def test_environment_modules_loads_it(prefix: Path, tmp_path: Path) -> None:
     if command is None:
         package = ["apt-get", "download", "--quiet", "environment-modules"]
         if not shutil.which("apt-get") or subprocess.run(package, cwd=tmp_path).returncode:
-            pytest.skip("no environment-modules here, and no apt to get it")
+            lacks("no environment-modules here, and no apt to get it")
         (file,) = tmp_path.glob("*.deb")
         subprocess.run(["dpkg", "-x", file, tmp_path], check=True)
         command = str(next(path for path in tmp_path.rglob("modulecmd.tcl") if path.is_file()))
@@ -120,10 +121,29 @@ def test_environment_modules_loads_it(prefix: Path, tmp_path: Path) -> None:
     assert_loaded(in_shell(module + CHECK, prefix, PYTHONPATH=str(prefix / "lent")), prefix)
 
 
-def test_make_module_asks_where() -> None:
-    done = subprocess.run(["make", "module"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "say where: make module PREFIX=/sw"),
+        (["PREFIX=/my sw"], "PREFIX=/my sw: letters, digits"),
+        (["PREFIX=/s|w&"], "PREFIX=/s|w&: letters, digits"),
+    ],
+)
+def test_make_module_asks_where(words: list[str], told: str) -> None:
+    done = subprocess.run(["make", "module", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "make module PREFIX=/sw" in done.stderr
+    assert told in done.stderr
+
+
+def test_a_module_with_an_mpi_takes_the_place_of_another(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "othermpi.lua").write_text('family("mpi")\n')
+    words = "module load othermpi; module load hpc-hdb; module --terse list"
+    lines = in_shell(
+        f'. {LMOD}\nmodule use "$PREFIX/modulefiles" {tmp_path}\n({words}) 2>&1', prefix
+    )
+    assert lines[-1] == f"hpc-hdb/{__version__}", lines
+    assert any("othermpi" in line for line in lines), lines
+    assert not any("identifier" in line for line in lines)
 
 
 def test_container_recipes_follow_the_same_steps(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from endings import sets
 from test_command_line import Terminal
 
+from hpc_hdb.cluster.launcher import find_launcher
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.layout import lay_out
+from hpc_hdb.run.sbatch import limit_seconds
 from hpc_hdb.run.site import Site, load_site
-from hpc_hdb.run.slurm import limit_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -81,7 +83,7 @@ def test_a_template_is_clean_and_strict(template: Path) -> None:
     assert "set -euo pipefail\n" in text
     assert re.search(r"^#SBATCH --output=hdb-%(j|A-%a)\.out$", text, re.M)
     assert re.search(r"^#SBATCH --error=hdb-%(j|A-%a)\.err$", text, re.M)
-    assert len(text.splitlines()) < 90
+    assert len(text.splitlines()) <= 105
 
 
 def test_all_templates_end_in_the_same_way() -> None:
@@ -90,7 +92,7 @@ def test_all_templates_end_in_the_same_way() -> None:
     bodies = {name: end.rstrip("\n").rpartition("\n") for name, end in ends.items()}
     assert len({body for body, _, _ in bodies.values()}) == 1
     again = {name: last for name, (_, _, last) in bodies.items()}
-    assert again.pop("long-run") == 'sbatch "$0" "$run"'
+    assert again.pop("long-run") == 'env -u SLURM_RESTART_COUNT sbatch "$0" "$run"'
     assert again.pop("array") == ('scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"')
     assert set(again.values()) == {'scontrol requeue "$SLURM_JOB_ID"'}
 
@@ -196,6 +198,148 @@ def test_the_documented_site_file_has_every_key(
     written(hdb, "cifar10")
 
 
+def test_the_documented_commands_follow_one_another(
+    hdb: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Typed within another job, whose variables sbatch does not get to see."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f"#!/bin/sh\nenv >>{tmp_path}/seen\necho 1234\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.setenv(name, "7")
+    page = (ROOT / "docs/slurm.md").read_text()
+    lines = [
+        shlex.split(line, comments=True)[1:]
+        for line in re.findall(r"```\n(.*?)```", page, re.S)[0].splitlines()
+        if line.startswith("hdb slurm")
+    ]
+    assert len(lines) == 2
+    for number, words in enumerate(lines):
+        answer = hdb(*words)
+        assert (answer.status, answer.err) == (0, "")
+        assert "as job 1234" in answer.out
+        timing = '{"seconds_per_image": 1e-3, "overhead": 1e-2, "large_batch": 64}'
+        sides = ", ".join(f'"{side}": {timing}' for side in range(32, 257, 8))
+        if not number:
+            Path("timing.json").write_text(f'{{"resolutions": {{{sides}}}}}')
+    assert hdb(*lines[1][:-1], "--run", "runs/imagenet-1234", "--submit").status == 0
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert seen["SLURM_CONF"] == "/etc/slurm.conf"
+    assert not re.findall(r"(?:PMI|PMIX|OMPI_COMM|SLURM_JOB|SLURM_STEP)_\w+", " ".join(seen))
+
+
+def test_workers_of_several_ranks_and_all_reduce(hdb: Terminal) -> None:
+    where = ["--nodes", "2", "--gpus-per-node", "4", "--samples", "1400", "--force"]
+    timing = sets("plan.timing={16=[8e-4,4e-3],24=[1.4e-3,4e-3]}")
+    script = written(hdb, "digits", *where, *sets("server.sync=allreduce"))
+    assert evaluated(script, "servers", "workers", "hosts") == [
+        "0",
+        "8",
+        ",".join(4 * ["n1"] + 4 * ["n2"]),
+    ]
+    assert "#SBATCH --ntasks-per-node=4 " in script
+    script = written(hdb, "digits", *where, *sets("server.ranks_per_worker=2"))
+    assert evaluated(script, "servers", "workers") == ["1", "8"]
+    told = [
+        hdb("slurm", "digits", *words, *timing, "--samples", "1400", "--force").out
+        for words in (
+            [*where, *sets("server.ranks_per_worker=2")],
+            [*where, "--workers", "4", *sets("server.ranks_per_worker=2")],
+        )
+    ]
+    assert told[0] == told[1], "four workers, whether counted or told"
+
+
+def test_a_folder_that_slurm_would_misread(
+    hdb: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("100% %j", "back\\slash"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "100% %j")
+    script = written(hdb, "digits", "--sbatch", "error=/dev/null")
+    assert f'#SBATCH --output="{tmp_path}/100%% %%j/hdb-%j.out"\n' in script
+    assert "#SBATCH --error=/dev/null\n" in script
+    monkeypatch.chdir(tmp_path / "back\\slash")
+    assert "no job in a folder with a backslash" in hdb.refused("slurm", "digits")
+
+
+def test_the_launcher_is_that_of_this_python(
+    hdb: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever PATH says; where it has none, srun is left, and that is said."""
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    answer = hdb("slurm", "digits")
+    assert "launch=(mpirun -n" in Path("digits.sbatch").read_text()
+    assert "no mpirun here" not in answer.out
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert "no mpirun here, so plain srun starts the ranks" in hdb("slurm", "digits").out
+    assert "launch=(srun --ntasks=" in Path("digits.sbatch").read_text()
+
+
+def test_options_of_sbatch_in_both_parts_of_a_job(hdb: Terminal) -> None:
+    words = ["exclusive", "exclude=n9", "gres=gpu:a100:2", "nodelist=n3", "mail-type=END"]
+    typed = [word for option in words for word in ("--sbatch", option)]
+    script = written(hdb, "digits", "--server-partition", "cpu", "--workers", "2", *typed)
+    parts = [
+        set(re.findall(r"^#SBATCH --(\S+)", part, re.M)) for part in script.split("#SBATCH hetjob")
+    ]
+    assert parts[0] & set(words) == {"exclusive", "exclude=n9", "mail-type=END"}
+    assert parts[1] & set(words) == {"exclusive", "exclude=n9", "gres=gpu:a100:2", "nodelist=n3"}
+    assert set(words) <= set(re.findall(r"^#SBATCH --(\S+)", written(hdb, "digits", *typed), re.M))
+
+
+def test_a_site_with_typed_gpus_and_without_hardware_threads(
+    hdb: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("site.toml").write_text(
+        'account = "mine"\ngpus = "gres=gpu:a100:{n}"\ngpus_per_node = 4\nbind = "cores"\n'
+        "[options]\nexclusive = true\nrequeue = false\n"
+    )
+    monkeypatch.setenv("HDB_SITE", "site.toml")
+    script = written(hdb, "digits", "--account", "", "--time", "", "--launcher", "mpirun")
+    lines = script.splitlines()
+    assert {"#SBATCH --gres=gpu:a100:4", "#SBATCH --exclusive"} <= set(lines)
+    assert "--gpus-per-node" not in script
+    assert "--account" not in script
+    assert "#SBATCH --time=12:00:00" in lines
+    assert evaluated(script, "launch")[0].splitlines()[-4:] == [
+        "--map-by", "slot:PE=8", "--bind-to", "core",
+    ]  # fmt: skip
+    assert "#SBATCH --gres=gpu:a100:1\n" in written(hdb, "digits", "--profile")
+    array = written(hdb, "digits", "cifar10")
+    assert evaluated(array, "run") == ["runs/digits+1-7-1-cifar10"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, (0, 4)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "2", "PMI_SIZE": "3"}, (2, 3)),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "1",
+                "OMPI_COMM_WORLD_RANK": "0",
+                "OMPI_COMM_WORLD_SIZE": "1",
+            },
+            (0, 1),
+        ),
+    ],
+)
+def test_a_shell_of_srun_is_no_rank(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: tuple[int, int] | None
+) -> None:
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert find_launcher() == found
+
+
 def test_packed_images_are_staged(hdb: Terminal) -> None:
     words = sets("data.source=shards", "data.path=/scratch/my images")
     script = written(hdb, "imagenet", "--stage", "--gpus-per-node", "4", *words)
@@ -207,7 +351,11 @@ def test_a_script_is_not_overwritten(hdb: Terminal) -> None:
     assert "digits.sbatch exists and is another script" in hdb.refused("slurm", "digits")
     assert Path("digits.sbatch").read_text() == "mine"
     assert hdb("slurm", "digits", "--force").status == 0
-    assert hdb("slurm", "digits").status == 0, "the same script again"
+    assert hdb("slurm", "digits", "--time", "5").status == 0, "another of its own"
+    script = Path("digits.sbatch").read_text()
+    assert "--time=5" in script
+    Path("digits.sbatch").write_text(script.replace("--time=5", "--time=6"))
+    assert "or was edited" in hdb.refused("slurm", "digits", "--time", "5")
 
 
 # ---- what is shown ----------------------------------------------------------------------------
@@ -252,6 +400,7 @@ def test_the_script_spreads_ranks_as_is_shown(
         ("10:00", "the limit of 10 min 00 s is enough"),
         ("3:08", "cuts it into 2 turns"),
         ("UNLIMITED", "no time limit"),
+        ("0", "no time limit"),
     ],
 )
 def test_the_predicted_time_is_shown_beside_the_limit(hdb: Terminal, time: str, told: str) -> None:
@@ -279,14 +428,26 @@ def test_time_limits_are_those_of_slurm() -> None:
     ("words", "told"),
     [
         (["digits", "--nodes", "9"], "3 workers leave some of 9 nodes empty: ask for fewer nodes"),
-        (["digits", "--workers", "9", "--gpus-per-node", "4"], "1 nodes of 4 GPUs have room for 4"),
+        (
+            ["digits", "--workers", "9", "--gpus-per-node", "4"],
+            "9 ranks that train: 1 nodes of 4 GPUs",
+        ),
         (["digits", "--time", "tomorrow"], "--time tomorrow: write minutes"),
         (["digits", "--launcher", "qsub"], "launcher 'qsub': give mpirun, mpiexec or srun"),
-        (["digits", "--sbatch", "mail-type"], "--sbatch mail-type: write NAME=VALUE"),
+        (["digits", "--sbatch", "nodes=3"], "option nodes of sbatch: hdb slurm has --nodes for"),
         (["digits", "--sbatch", "mail type=1"], "give the long name of an sbatch option"),
         (["digits", "--job-name", "a\nb"], "takes no line breaks"),
         (["digits", "--account", "a\n#SBATCH --x"], "Slurm takes no control characters"),
         (["digits", "--stage"], "--stage copies packed images"),
+        (
+            ["digits", *sets("server.ranks_per_worker=3"), "--gpus-per-node", "8"],
+            "9 ranks do not divide into a server and workers",
+        ),
+        (
+            ["digits", *sets("server.sync=allreduce"), "--server-partition", "cpu"],
+            "has no server: leave out --server-partition",
+        ),
+        (["digits", "--sbatch", "signal=TERM"], "hdb slurm has the site file's grace for that"),
         (["digits", "cifar10", "--chain"], "several CONFIGs and --chain do not go together"),
         (["digits", "cifar10", "--profile"], "--profile measures for one CONFIG"),
         (["digits", "--set", "plan.small_workers=9"], "does not fit the 3 workers"),
@@ -316,6 +477,7 @@ def test_an_error_is_one_line_that_says_what_to_do(
         ("grace = 1", "grace: input should be greater than or equal to 10, not 1"),
         ("scratch = '$(rm -rf x)'", "scratch: a path with $VARIABLES at most"),
         ("account =", "is not valid TOML"),
+        ("gpus = 'gres=gpu:4'", "gpus: an option of sbatch such as"),
     ],
 )
 def test_a_wrong_site_file_is_refused_by_name(

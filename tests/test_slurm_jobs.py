@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BIN, events, succeed
+from conftest import BIN, events, lacks, succeed
 from endings import sets
 from PIL import Image
 from programs.runs import PROGRAMS, assert_same_bits, final_model
@@ -49,9 +49,7 @@ LONG = [*SHORT, *sets("schedule.epochs=80", "run.evaluate_every=40", "plan.worke
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes; jobs start where the models are."""
     if lacking := missing():
-        pytest.skip(
-            f"no Slurm here ({', '.join(lacking)} missing): apt-get install slurm-wlm munge"
-        )
+        lacks(f"no Slurm here ({', '.join(lacking)} missing): apt-get install slurm-wlm munge")
     site = tmp_path_factory.mktemp("site") / "site.toml"
     site.write_text(SITE)
     with (
@@ -90,7 +88,6 @@ class Submitted:
 
     def wait(self, state: str, seconds: float = 120) -> dict[str, str]:
         try:
-            self.cluster.hurry(self.number)
             return self.cluster.wait(self.number, state, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.out}\n{self.cluster.logs()}") from None
@@ -145,6 +142,49 @@ def assert_one_run(run: Path, workers: int, epochs: int) -> None:
 
 
 @pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed images."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "images")
+    succeed("hdb", "pack", folder / "images", folder / "packed images")
+    return folder / "packed images"
+
+
+def staged(packed: Path) -> list[str]:
+    """Options for packed images to be copied to the nodes."""
+    return ["--stage", *sets("data.source=shards", f"data.path={packed}")]
+
+
+def staging_site(cluster: Cluster, folder: Path, site: str = SITE) -> Path:
+    """A site file whose nodes have disks of their own."""
+    path = folder / "staging-site.toml"
+    path.write_text(f'{site}scratch = "{cluster.local}"\n')
+    return path
+
+
+def stand_in(folder: Path, body: str) -> Path:
+    """A site file by which srun starts a program of bash in the place of hdb.
+
+    That finds the run folder in ``$run``, and the copy of the images in ``$copy``.
+    """
+    words = """
+    for word; do
+        [[ $last != --data-copy ]] || copy=$word
+        [[ $last != --resume ]] || run=$word
+        case $word in run.output=*) run=${word#run.output=} ;; esac
+        last=$word
+    done
+    """
+    (folder / "bin").mkdir()
+    (folder / "bin/hdb").write_text(f"#!/bin/bash\n{words}\n{body}\n")
+    (folder / "bin/hdb").chmod(0o755)
+    site = folder / "site.toml"
+    path = f"{folder}/bin:/usr/local/bin:/usr/bin:/bin"
+    site.write_text(f"{SITE}launcher = 'srun'\nsetup = ['export PATH={path}']\n")
+    return site
+
+
+@pytest.fixture(scope="module")
 def struck(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     """A run that its time limit strikes once, while the other tests go on.
 
@@ -174,31 +214,24 @@ def struck(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit
 
 
 def test_a_server_and_three_workers_on_two_nodes(
-    struck: Submitted, cluster: Cluster, tmp_path: Path
+    struck: Submitted, cluster: Cluster, packed: Path, tmp_path: Path
 ) -> None:
     """Ranks are bound to cores of their own, and read packed images from their nodes' disks."""
     if not cluster.apart:
-        pytest.skip("nodes cannot have disks of their own here (root may give them)")
-    write_images(tmp_path / "images")
-    succeed("hdb", "pack", tmp_path / "images", tmp_path / "packed images")
+        lacks("nodes cannot have disks of their own here (root may give them)")
     watch = tmp_path / "watch"
     watch.mkdir()
-    site = tmp_path / "site.toml"
-    scratch = f'scratch = "{cluster.local}"\n'
-    site.write_text(SITE.replace("bind = false", "bind = true") + scratch)
-    data = ["data.source=shards", f"data.path={tmp_path}/packed images"]
+    site = staging_site(cluster, tmp_path, SITE.replace("bind = false", "bind = true"))
     words = [
         *SHORT,
-        *sets("schedule.epochs=2", "plan.workers=3", *data),
-        "--nodes",
-        "2",
-        "--stage",
-        "--sbatch",
-        "nodelist=n3,n4",
+        *staged(packed),
+        *sets("schedule.epochs=2"),
+        *("--nodes", "2", "--gpus-per-node", "2", "--workers", "3"),
+        *("--sbatch", "nodelist=n3,n4"),
     ]
     job = Submitted(cluster, tmp_path, "digits", *words, HDB_SITE=str(site), WATCH=str(watch))
-    assert "│ 1    │ 0 to 1 │       1 │       1 │" in job.shown
-    assert "│ 2    │ 2 to 3 │       - │       2 │" in job.shown
+    assert "│ 1    │ 0 to 1 │       1 │       1 │           1 │" in job.shown
+    assert "│ 2    │ 2 to 3 │       - │       2 │           2 │" in job.shown
     assert "the limit of 10 min 00 s is enough" in job.shown
     nodes = ("n3", "n4")
     copies = [cluster.disk(node) / f"hdb-{job.number}/train" for node in nodes]
@@ -206,22 +239,49 @@ def test_a_server_and_three_workers_on_two_nodes(
     assert job.wait("COMPLETED")["NodeList"] == "n[3-4]"
     assert_one_run(job.run, workers=3, epochs=2)
     assert not any(list(cluster.disk(node).iterdir()) for node in nodes), "copies are left"
-    assert f'path = "{tmp_path}/packed images"' in (job.run / "config.toml").read_text()
+    assert f'path = "{packed}"' in (job.run / "config.toml").read_text()
     steps = {rank: json.loads((watch / rank).read_text().splitlines()[0]) for rank in "123"}
     assert [len(steps[rank]["cores"]) for rank in "123"] == [1, 1, 1]
     assert steps["2"]["cores"] != steps["3"]["cores"]
+    assert [steps[rank]["gpus"] for rank in "123"] == ["0,1"] * 3
 
 
-def test_a_heterogeneous_job(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_heterogeneous_job(
+    struck: Submitted, cluster: Cluster, packed: Path, tmp_path: Path
+) -> None:
+    """Each node has a copy of the packed images; signalled, it goes on."""
     if not cluster.apart:
-        pytest.skip("nodes cannot have hostnames of their own here (root may give them)")
-    words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=2")]
+        lacks("nodes cannot have hostnames of their own here (root may give them)")
     job = Submitted(
-        cluster, tmp_path, *words, "--server-partition", "urgent", "--nodes", "1",
-        "--gpus-per-node", "2",
+        cluster, tmp_path, "digits", *LONG, *sets("schedule.epochs=10"), *staged(packed),
+        "--server-partition", "urgent", "--nodes", "1", "--gpus-per-node", "2",
+        HDB_SITE=str(staging_site(cluster, tmp_path)), SLOW="1", SLOW_LIVES="1",
+        WATCH=str(tmp_path),
     )  # fmt: skip
-    state = job.wait("COMPLETED")
-    assert state["NodeList"] != cluster.shown(f"{job.number}+1")["NodeList"]
+    job.wait_for_life(1)
+    for rank in "12":
+        assert json.loads((tmp_path / rank).read_text().splitlines()[0])["gpus"] == "0,1"
+    nodes = [cluster.shown(part)["NodeList"] for part in (job.number, f"{job.number}+1")]
+    assert nodes[0] != nodes[1]
+    for node in nodes:
+        copy = cluster.disk(node) / f"hdb-{job.number}"
+        assert {file.name for file in copy.iterdir()} == {file.name for file in packed.iterdir()}
+    cluster("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.wait("COMPLETED")["Restarts"] == "1"
+    assert job.lives() == 2
+    assert_one_run(job.run, workers=2, epochs=10)
+    assert not any(list(cluster.disk(node).iterdir()) for node in cluster.nodes), "copies are left"
+
+
+def test_srun_starts_a_heterogeneous_job(
+    struck: Submitted, cluster: Cluster, tmp_path: Path
+) -> None:
+    if not cluster.pmix:
+        lacks("no PMIx for Slurm: apt-get install libpmix-dev")
+    words = ["digits", *SHORT, *sets("schedule.epochs=2"), "--launcher", "srun --mpi=pmix"]
+    where = ("--server-partition", "urgent", "--nodes", "1", "--gpus-per-node", "2")
+    job = Submitted(cluster, tmp_path, *words, *where)
+    job.wait("COMPLETED")
     assert_one_run(job.run, workers=2, epochs=2)
 
 
@@ -229,11 +289,110 @@ def test_an_array_over_configurations(struck: Submitted, cluster: Cluster, tmp_p
     for name in ("first one", "second"):
         (tmp_path / f"{name}.toml").write_text("[schedule]\nepochs = 1\n[plan]\nworkers = 1\n")
     configs = [str(tmp_path / f"{name}.toml") for name in ("first one", "second")]
-    words = [*SHORT, *sets("plan.small_workers=0", "plan.workers=1", "schedule.epochs=2")]
+    words = [*SHORT, *sets("plan.small_workers=0", "schedule.epochs=2"), "--gpus-per-node", "1"]
     job = Submitted(cluster, tmp_path, *configs, *words)
-    for task in (0, 1):
+    for task, name in enumerate(("first one", "second")):
         cluster.wait(f"{job.number}_{task}", "COMPLETED")
-        assert_one_run(tmp_path / f"run-{task}", workers=1, epochs=2)
+        assert_one_run(tmp_path / f"run-{task}-{name}", workers=1, epochs=2)
+
+
+def test_an_interrupted_array(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """Each of its runs goes on by itself."""
+    site = stand_in(
+        tmp_path,
+        """
+        mkdir -p "$run/checkpoint"
+        if [[ -e $run/checkpoint/1.pt ]]; then touch "$run/summary.json"; exit; fi
+        trap 'touch "$run/checkpoint/1.pt"; exit 1' USR1
+        touch "$run/begun"
+        for ((i = 0; i < 600; i++)); do sleep 0.1; done
+        """,
+    )
+    words = [*SHORT, *sets("plan.small_workers=0"), "--workers", "1", "--sbatch", "exclude=n1,n2"]
+    job = Submitted(cluster, tmp_path, "digits", "cifar10", *words, HDB_SITE=str(site))
+    runs = [tmp_path / f"run-{task}" for task in ("0-digits", "1-cifar10")]
+    wait_until(lambda: all((run / "begun").exists() for run in runs), 60, "both runs")
+    cluster("scancel", "--signal=USR1", "--batch", job.number)
+    for task in (0, 1):
+        assert cluster.wait(f"{job.number}_{task}", "COMPLETED")["Restarts"] == "1"
+
+
+def test_what_is_typed_reaches_a_job_that_is_submitted_from_another(
+    struck: Submitted, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, and nothing of the other job's; on a site that exports nothing either.
+
+    Each node has GPUs and a copy of the images. A run that has finished is not started again.
+    """
+    if not cluster.apart:
+        lacks("nodes cannot have disks of their own here (root may give them)")
+    folder = tmp_path / "100% %j %x it's $(touch pwned) \"& # {c}"
+    (folder / "my images").mkdir(parents=True)
+    (folder / "my images/shard").write_text("images")
+    name = "a 'b' $(touch pwned) %j.toml"
+    (folder / name).write_text("[data]\nsource = 'shards'\npath = 'my images'\n")
+    body = f"""
+    printf '%s\\0' "$@" >"{tmp_path}/words"
+    about="$SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $(cat "$copy/shard")"
+    echo "$about ${{SLURM_RESTART_COUNT:-0}}" >>"{tmp_path}/ranks"
+    sleep 1
+    mkdir -p "$run"
+    touch "$run/summary.json"
+    """
+    site = staging_site(cluster, tmp_path, stand_in(tmp_path, body).read_text())
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HDB_SITE", str(site))
+    words = ["slurm", name, "--set", "run.seed=3", "--stage", "--submit", "--job-name", "%j `x`"]
+    words += ["--nodes", "2", "--gpus-per-node", "2", "--sbatch", "nodelist=n3,n4"]
+    words += ["--memory", "100M", "--sbatch", "export=NONE", "--output", "job 1.sbatch"]
+    with pytest.MonkeyPatch.context() as around:
+        for variable in ("JOB_ID", "RESTART_COUNT", "MEM_PER_CPU", "NTASKS_PER_NODE", "GPUS"):
+            around.setenv(f"SLURM_{variable}", "7")
+        shown = CliRunner().invoke(app, words, catch_exceptions=False).output
+    number = shown.split(" as job ")[1].split(";")[0]
+    error = folder / f"hdb-{number}.err"
+    try:
+        assert cluster.wait(number, "COMPLETED")["TresPerNode"] == "gres:gpu:2"
+    except AssertionError as failure:
+        raise AssertionError(f"{failure}\n{error.read_text()}\n{cluster.logs()}") from None
+    typed, *more = (tmp_path / "words").read_text().split("\0")[1:6]
+    assert [typed, *more] == [
+        name, "--set", "run.seed=3", "--set", f"run.output=runs/%j `x`-{number}",
+    ]  # fmt: skip
+    ranks = sorted((tmp_path / "ranks").read_text().splitlines())
+    nodes = ("n3", "n3", "n3", "n4", "n4")
+    assert ranks == [f"{rank} {node} 0,1 images 0" for rank, node in enumerate(nodes)]
+    assert not list(tmp_path.rglob("pwned"))
+    again = cluster("sbatch", "--parsable", "job 1.sbatch", f"runs/%j `x`-{number}", cwd=folder)
+    cluster.wait(again.strip(), "COMPLETED")
+    assert "has finished" in (folder / f"hdb-{again.strip()}.out").read_text()
+    assert len((tmp_path / "ranks").read_text().splitlines()) == len(nodes)
+
+
+def test_three_fruitless_starts(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
+    """Preempted with time to end, before it has saved anything, it is started again; twice."""
+    site = stand_in(
+        tmp_path, '[[ -v SLURM_RESTART_COUNT ]] && exit 1\ntouch "$run.begun"\nsleep 60'
+    )
+    where = ("--partition", "graceful", "--workers", "1", "--sbatch", "nodelist=n4")
+    job = Submitted(
+        cluster,
+        tmp_path,
+        "digits",
+        *SHORT,
+        *sets("plan.small_workers=0"),
+        *where,
+        HDB_SITE=str(site),
+    )
+    wait_until((tmp_path / "run.begun").exists, 60, "the first start")
+    cluster(
+        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodelist=n4",
+        "--output=/dev/null", "--wrap=sleep 1",
+    )  # fmt: skip
+    assert job.wait("FAILED")["Restarts"] == "2"
+    assert job.out.count(f"{job.run} got no further: it is not started again") == 1
+    assert "No such process" not in job.out
+    assert not list(job.run.iterdir()), "the next job has three starts again"
 
 
 def test_preemption_and_scancel(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
@@ -280,14 +439,12 @@ def test_srun_ends_a_job_that_has_lost_a_rank(
     struck: Submitted, cluster: Cluster, tmp_path: Path
 ) -> None:
     """As mpirun does, whatever the MPI: here there is none, and the ranks only wait."""
-    (tmp_path / "hdb").write_text("#!/bin/sh\n[ $SLURM_PROCID = 1 ] && kill -9 $$\nsleep 60\n")
-    (tmp_path / "hdb").chmod(0o755)
-    site = tmp_path / "site.toml"
-    site.write_text(f"{SITE}setup = ['export PATH={tmp_path}:\"$PATH\"']\n")
-    words = ["digits", *SHORT, *sets("plan.workers=2"), "--launcher", "srun"]
+    site = stand_in(tmp_path, "[[ $SLURM_PROCID = 1 ]] && kill -9 $$\nsleep 60")
+    words = ["digits", *SHORT, "--gpus-per-node", "2"]
     job = Submitted(cluster, tmp_path, *words, HDB_SITE=str(site))
-    job.wait("FAILED", 30)
-    assert "task 1: Killed" in job.out
+    wait_until(lambda: "task 1: Killed" in job.out, 30, "its end")
+    wait_until(lambda: cluster.shown(job.number)["Restarts"] == "1", 10, "the next start")
+    cluster("scancel", job.number)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +460,9 @@ def test_srun_starts_the_ranks(
 ) -> None:
     """On both nodes without an mpirun, where Slurm and the MPI speak the same PMI."""
     if kind == "pmi2" and not (MPICH / "libmpi.so.12").exists():
-        pytest.skip("no MPICH here: make .venv/mpich")
+        lacks("no MPICH here: make .venv/mpich")
     if kind == "pmix" and not cluster.pmix:
-        pytest.skip("no PMIx for Slurm: apt-get install libpmix-dev")
+        lacks("no PMIx for Slurm: apt-get install libpmix-dev")
     site = tmp_path / "site.toml"
     site.write_text(f"{SITE}launcher = 'srun --mpi={kind}'\nsetup = ['{setup}']\n")
     words = ["digits", *SHORT, *sets("schedule.epochs=2", "plan.workers=3"), "--nodes", "2"]
@@ -320,7 +477,7 @@ def test_the_doctor_tells_which_launchers_work(
     struck: Submitted, cluster: Cluster, tmp_path: Path
 ) -> None:
     if not cluster.pmix:
-        pytest.skip("no PMIx for Slurm: apt-get install libpmix-dev")
+        lacks("no PMIx for Slurm: apt-get install libpmix-dev")
     words = "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path}/out"
     job = cluster("sbatch", *words, "--wrap=hdb doctor --json").strip()
     cluster.wait(job, "COMPLETED")
@@ -357,12 +514,16 @@ def test_a_chain_of_jobs(struck: Submitted, cluster: Cluster, tmp_path: Path) ->
     assert_one_run(job.run, workers=1, epochs=8)
 
 
-def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
-    """A worker's node, then the server's, go out like a light: the script requeues, then Slurm."""
+def test_lost_nodes(struck: Submitted, cluster: Cluster, packed: Path, tmp_path: Path) -> None:
+    """A worker's node, then the server's, go out like a light: the script requeues, then Slurm.
+
+    With copies of the images on their disks, which the lost node cannot remove.
+    """
     epochs = sets("schedule.epochs=20", "run.evaluate_every=20")
     job = Submitted(
         cluster, tmp_path, "digits", *LONG, *epochs, "--nodes", "2", "--sbatch", "exclude=n1,n2",
-        SLOW="1", SLOW_LIVES="2",
+        *(staged(packed) if cluster.apart else ()),
+        HDB_SITE=str(staging_site(cluster, tmp_path)), SLOW="1", SLOW_LIVES="2",
     )  # fmt: skip
     for life, node in ((1, "n4"), (2, "n3")):
         job.wait_for_life(life)
@@ -378,8 +539,9 @@ def test_lost_nodes(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None
 def test_a_killed_slurmd(struck: Submitted, cluster: Cluster, tmp_path: Path) -> None:
     """Slurm starts the job again elsewhere, while all its ranks still run: they make way."""
     job = Submitted(
-        cluster, tmp_path, "digits", *LONG, "--sbatch", "exclude=n1,n2", SLOW="1", SLOW_LIVES="1"
-    )
+        cluster, tmp_path, "digits", *LONG, "--gpus-per-node", "2", "--sbatch", "exclude=n1,n2",
+        SLOW="1", SLOW_LIVES="1",
+    )  # fmt: skip
     job.wait_for_life(1)
     node = cluster.shown(job.number)["NodeList"]
     cluster.lose_daemon(node)

@@ -35,13 +35,18 @@ class Launched(NamedTuple):
 
 
 def find_launcher() -> Launched | None:
-    """Rank and number of processes by the launcher's environment; None if started by hand."""
+    """Rank and number of processes by the launcher's environment; None if started by hand.
+
+    A Slurm step of one task counts as that: it is mostly a shell, of ``srun --pty`` or salloc.
+    """
+    in_step = os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ
+    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"]) if in_step else 0
     for rank, size in _VARIABLES:
         if rank in os.environ and size in os.environ:
-            return Launched(int(os.environ[rank]), int(os.environ[size]))
-    if os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ:
-        return Launched(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"]))
-    return None
+            launched = Launched(int(os.environ[rank]), int(os.environ[size]))
+            if (rank, launched.size, tasks) != ("PMI_RANK", 1, 1):
+                return launched
+    return Launched(int(os.environ["SLURM_PROCID"]), tasks) if tasks > 1 else None
 
 
 def check_mpi(launched: Launched) -> None:

@@ -202,6 +202,9 @@ def check_launcher() -> Finding:
             tried.append(f"{shlex.join(words)}: {answer.error}")
     if working:
         advice = f"{working[0]} -n 5 hdb train CONFIG"
+        if "SLURM_JOB_ID" in os.environ:
+            written = working[0].replace(" --overlap", "")
+            advice += f'; for hdb slurm, in the site file: launcher = "{written}"'
         return Finding("launcher", "works", "\n".join(tried), advice, needed=True)
     advice = "use the mpirun of the MPI that mpi4py loads: pip install 'hpc-hdb[mpi]' brings one"
     if not tried:
@@ -247,13 +250,16 @@ def check_slurm() -> Finding:
     """Slurm: whether jobs can be submitted, and where to."""
     if not shutil.which("sbatch"):
         return Finding("Slurm", "not here", "no sbatch: mpirun starts runs on this machine")
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%R %D %c %G %l"],
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%R %D %c %G %l"],
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except FileNotFoundError:
+        return Finding("Slurm", "broken", "there is an sbatch, and no sinfo", "put it on PATH")
     if done.returncode:
         return Finding("Slurm", "broken", _reason(done.stderr), "is the controller up? sinfo")
     version = subprocess.run(

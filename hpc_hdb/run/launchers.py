@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hpc_hdb.errors import UserError
@@ -26,6 +29,7 @@ class _Options(NamedTuple):
     nodes: str
     apart: str
     bound: str
+    bound_to_cores: str
     unbound: str
 
 
@@ -35,6 +39,7 @@ _OPTIONS: dict[Kind, _Options] = {
         nodes='--host "$hosts" -n "$((workers + servers))"',
         apart='--leave-session-attached --host "$hosts"',
         bound='--use-hwthread-cpus --map-by "slot:PE=${cpus}" --bind-to hwthread',
+        bound_to_cores='--map-by "slot:PE=${cpus}" --bind-to core',
         unbound="--map-by slot --bind-to none",
     ),
     "hydra": _Options(
@@ -42,6 +47,7 @@ _OPTIONS: dict[Kind, _Options] = {
         nodes='-hosts "$hosts" -n "$((workers + servers))"',
         apart="",
         bound='-bind-to "hwthread:${cpus}"',
+        bound_to_cores='-bind-to "core:${cpus}"',
         unbound="-bind-to none",
     ),
     "srun": _Options(
@@ -49,6 +55,7 @@ _OPTIONS: dict[Kind, _Options] = {
         nodes='--distribution=arbitrary --nodelist="$hosts" --ntasks="$((workers + servers))"',
         apart='--het-group="0,1"',
         bound='--cpus-per-task="${cpus}" --cpu-bind=cores',
+        bound_to_cores='--cpus-per-task="${cpus}" --cpu-bind=cores',
         unbound="--cpu-bind=none",
     ),
 }
@@ -60,7 +67,8 @@ def find_job_launcher(typed: str) -> Launcher:
     Parameters
     ----------
     typed : str
-        A command line such as ``srun --mpi=pmi2``, or "auto": mpirun where there is one, else srun.
+        A command line such as ``srun --mpi=pmi2``, or "auto": mpirun where there is one, beside
+        this Python or on PATH, else srun.
 
     Raises
     ------
@@ -68,7 +76,7 @@ def find_job_launcher(typed: str) -> Launcher:
         If it is no launcher that is known.
     """
     if typed == "auto":
-        typed = "mpirun" if shutil.which("mpirun") or not shutil.which("srun") else "srun"
+        typed = "mpirun" if _find("mpirun") or not shutil.which("srun") else "srun"
     try:
         words = tuple(shlex.split(typed))
     except ValueError as error:
@@ -83,7 +91,7 @@ def find_job_launcher(typed: str) -> Launcher:
     return Launcher(words, "openmpi" if _is_open_mpi(words[0]) else "hydra")
 
 
-def launch_line(launcher: Launcher, nodes: int, apart: bool, bind: bool) -> str:
+def launch_line(launcher: Launcher, nodes: int, apart: bool, bind: bool | Literal["cores"]) -> str:
     """The value of a job script's array ``launch``.
 
     Parameters
@@ -92,8 +100,9 @@ def launch_line(launcher: Launcher, nodes: int, apart: bool, bind: bool) -> str:
         Of the workers.
     apart : bool
         Whether the server has a node of its own, in a heterogeneous job.
-    bind : bool
-        Whether each rank is bound to cores of its own.
+    bind : bool or "cores"
+        Whether each rank is bound to cores of its own; "cores" where Slurm counts those instead
+        of their hardware threads.
 
     Raises
     ------
@@ -110,15 +119,27 @@ def launch_line(launcher: Launcher, nodes: int, apart: bool, bind: bool) -> str:
     if launcher.kind == "srun" and nodes > 1 and not apart:
         words = f"env -u SLURM_NTASKS_PER_NODE {words}"
     cpus = "SLURM_CPUS_PER_TASK_HET_GROUP_1" if apart else "SLURM_CPUS_PER_TASK"
-    how = (options.bound if bind else options.unbound).replace("${cpus}", f"${cpus}")
-    return f"({words} {where}\n    {how})"
+    how = options.bound if bind else options.unbound
+    if bind == "cores":
+        how = options.bound_to_cores
+    return f"({words} {where}\n    {how.replace('${cpus}', f'${cpus}')})"
+
+
+def _find(program: str) -> str | None:
+    """A program's path; beside this Python first, as a job script has it."""
+    beside = Path(sys.executable).parent
+    return shutil.which(program, path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def _is_open_mpi(program: str) -> bool:
     """Whether an mpirun is Open MPI's; where it cannot be asked here, it counts as such."""
     try:
         told = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=20, check=False
+            [_find(program) or program, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return not program.endswith("hydra")

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -32,11 +32,14 @@ class Site(BaseModel):
     """Of each node, as sbatch's --mem."""
     time: str | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    gpus: str = "gpus-per-node={n}"
+    """The option of sbatch that asks for {n} GPUs of a node."""
     cpus_per_task: Annotated[int, Field(ge=1)] = 8
     launcher: str = "auto"
     """"mpirun", "srun --mpi=pmix", ...; "auto" looks for an mpirun."""
-    bind: bool = True
-    """Whether the launcher binds each rank to cores of its own."""
+    bind: bool | Literal["cores"] = True
+    """Whether the launcher binds each rank to cores of its own; "cores" where a CPU of Slurm's is a
+    core, and not a hardware thread."""
     grace: Annotated[int, Field(ge=10, le=3600)] = 180
     """Seconds before the time limit at which a run is told to save and end."""
     scratch: str | None = None
@@ -45,14 +48,21 @@ class Site(BaseModel):
     """What 'module load' is to load in the job."""
     setup: list[str] = []
     """Lines of shell for the job, before anything else."""
-    options: dict[str, str | int] = {}
-    """More options of sbatch, by their long names."""
+    options: dict[str, bool | int | str] = {}
+    """More options of sbatch, by their long names; true for those without a value."""
 
     @field_validator("scratch")
     @classmethod
     def _is_a_path(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[\w./+-]*(\$(\w+|\{\w+\})[\w./+-]*)*", value):
             raise ValueError("a path with $VARIABLES at most")
+        return value
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_an_option(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z-]+=[^{}]*\{n\}[^{}]*", value):
+            raise ValueError('an option of sbatch such as "gres=gpu:a100:{n}"')
         return value
 
 

@@ -6,11 +6,10 @@ The templates are scripts that run as they stand. Filling one in changes the val
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
-import subprocess
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +19,14 @@ from pathlib import Path
 from hpc_hdb import __version__
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.layout import NodeRanks, lay_out
-from hpc_hdb.run.launchers import find_job_launcher, launch_line
+from hpc_hdb.run.launchers import Launcher, launch_line
+from hpc_hdb.run.sbatch import Options, directive, output_pattern, split_options
 from hpc_hdb.run.site import Site
 
 _TO_EDIT = re.compile(r"^# Edit the lines above .*\n", re.M)
 _ENVIRONMENT = re.compile(r"^#module load hpc-hdb .*\n", re.M)
-_PLAIN = re.compile(r"[\w./:=,@%+^-]+", re.ASCII)
+_WRITTEN = "# Written by 'hdb slurm' of hpc-hdb"
+_SUM = re.compile(rf"^({_WRITTEN} \S+) \(\w+\)", re.M)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Job:
     overrides : sequence of str
         ``section.key=value`` each.
     name : str
-    workers, servers, nodes, gpus_per_node : int
-        Of each run; `nodes` are the workers'.
+    workers, servers : int
+        Ranks of each run that train, and that serve.
+    nodes, gpus_per_node : int
+        Of the workers.
     server_partition : str or None
         Where each server has a node of its own.
     run : Path or None
@@ -67,7 +70,7 @@ class Job:
     shards: Path | None
     chained: bool
     folder: Path
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
     @property
     def template(self) -> str:
@@ -105,7 +108,7 @@ class Job:
         return f"runs/{shlex.quote(self.name.replace('/', '-'))}-{job}"
 
 
-def training_script(job: Job, site: Site) -> str:
+def training_script(job: Job, site: Site, launcher: Launcher) -> str:
     """The script of a job that trains.
 
     Raises
@@ -116,7 +119,6 @@ def training_script(job: Job, site: Site) -> str:
     _check_text(job)
     apart = job.server_partition is not None
     array = len(job.configs) > 1
-    launcher = find_job_launcher(site.launcher)
     if apart and launcher.kind == "srun" and job.workers % job.nodes:
         raise UserError(
             f"srun puts as many workers on each node of a heterogeneous job: {job.workers} do not "
@@ -131,14 +133,14 @@ def training_script(job: Job, site: Site) -> str:
         "nodes": str(job.nodes),
         "ntasks-per-node": str(max(node.ranks for node in workers_nodes)),
         "cpus-per-task": str(site.cpus_per_task),
-        "gpus-per-node": str(job.gpus_per_node) if job.gpus_per_node else None,
+        **_gpu_options(site, job.gpus_per_node),
     }
-    first = {
+    whole = {
         "job-name": job.name,
         "array": f"0-{len(job.configs) - 1}" if array else None,
         "chdir": str(job.folder),
         "signal": f"B:USR1@{site.grace}",
-        **job.options,
+        **_outputs(job, job.template),
     }
     if apart:
         server = {
@@ -147,14 +149,15 @@ def training_script(job: Job, site: Site) -> str:
             "cpus-per-task": str(site.cpus_per_task),
             "mem": site.memory,
         }
-        parts = [everywhere | server | first, everywhere | workers]
+        of_server, of_workers = split_options(job.options)
+        parts = [everywhere | server | of_server | whole, everywhere | workers | of_workers]
     else:
-        parts = [everywhere | workers | first]
+        parts = [everywhere | workers | job.options | whole]
     words = [] if array else [job.configs[0]]
     for override in job.overrides:
         words += ["--set", override]
     values = {
-        "run": f"${{1:-{job.run_folder()}}}{'-$SLURM_ARRAY_TASK_ID' if array else ''}",
+        "run": f"${{1:-{job.run_folder()}}}{'-$SLURM_ARRAY_TASK_ID-$name' if array else ''}",
         "workers": str(job.workers),
         "shards": shlex.quote(str(job.shards)) if job.shards else "",
         "launch": launch_line(launcher, 2 if array else job.nodes, apart, site.bind),
@@ -180,7 +183,7 @@ def profile_script(job: Job, site: Site, timing: Path) -> str:
         If it holds what Slurm cannot be told.
     """
     _check_text(job)
-    options = {
+    options: Options = {
         "job-name": job.name,
         "chdir": str(job.folder),
         "account": site.account,
@@ -190,67 +193,15 @@ def profile_script(job: Job, site: Site, timing: Path) -> str:
         "mem": site.memory,
         "time": site.time,
         "cpus-per-task": str(site.cpus_per_task),
-        "gpus-per-node": "1" if job.gpus_per_node else None,
+        **_gpu_options(site, min(1, job.gpus_per_node)),
         **job.options,
+        **_outputs(job, "profile"),
     }
     words = [job.configs[0]]
     for override in job.overrides:
         words += ["--set", override]
     values = {"profile": f"({shlex.join(words)})", "timing": shlex.quote(str(timing))}
     return _fill_in("profile", [options], values, site)
-
-
-def submit(script: Path) -> str:
-    """Hand a script to sbatch; the job's id.
-
-    Raises
-    ------
-    UserError
-        If there is no sbatch, or it refuses.
-    """
-    try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"no sbatch here: submit {script} on a login node of your cluster"
-        ) from None
-    if done.returncode:
-        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise UserError(f"sbatch refuses {script}: {reason}")
-    return done.stdout.strip().partition(";")[0]
-
-
-def limit_seconds(time: str) -> float:
-    """Seconds of a time limit as Slurm writes it; infinite for UNLIMITED.
-
-    Raises
-    ------
-    UserError
-        If Slurm would not take it.
-
-    Examples
-    --------
-    >>> [limit_seconds(time) for time in ("90", "1:30", "2:00:00", "1-12", "1-0:30")]
-    [5400.0, 90.0, 7200.0, 129600.0, 88200.0]
-    """
-    if time.lower() in ("unlimited", "infinite"):
-        return math.inf
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if not match:
-        raise UserError(
-            f"--time {time}: write minutes, hours:minutes:seconds or days-hours:minutes"
-        )
-    days, *given = match.groups()
-    parts = [int(part) for part in given if part is not None]
-    if days is not None:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def template_text(name: str) -> str:
@@ -266,33 +217,52 @@ def template_option(name: str, option: str) -> str:
     return found[1]
 
 
+def is_as_written(text: str) -> bool:
+    """Whether ``hdb slurm`` has written this script, and nobody has edited it since."""
+    return bool(_SUM.search(text)) and _with_sum(_SUM.sub(r"\1", text, count=1)) == text
+
+
 def _check_text(job: Job) -> None:
     """Raise UserError where a line would not stay one line."""
     for text in (*job.configs, *job.overrides, job.name, str(job.run), str(job.shards)):
         if not text.isprintable():
             raise UserError(f"{text!r}: a job script takes no line breaks or control characters")
+    if "\\" in str(job.folder):
+        raise UserError(f"{job.folder}: Slurm starts no job in a folder with a backslash: move it")
 
 
-def _fill_in(
-    template: str, parts: Sequence[Mapping[str, str | None]], values: Mapping[str, str], site: Site
-) -> str:
+def _outputs(job: Job, template: str) -> Options:
+    """Where the job's output goes."""
+    names = ("output", "error")
+    given = {name: job.options.get(name) or template_option(template, name) for name in names}
+    return {name: output_pattern(job.folder, str(pattern)) for name, pattern in given.items()}
+
+
+def _gpu_options(site: Site, gpus: int) -> Options:
+    """How the site's nodes are asked for so many GPUs."""
+    name, _, value = site.gpus.replace("{n}", str(gpus)).partition("=")
+    return {"gpus-per-node": None, name: value if gpus else None}
+
+
+def _fill_in(template: str, parts: Sequence[Options], values: Mapping[str, str], site: Site) -> str:
     """A template with other values.
 
     Parameters
     ----------
     parts : sequence of mappings
-        Options of sbatch for each part of a heterogeneous job. None keeps the template's time
-        limit, and takes out what not every job has.
+        Options of sbatch for each part of a heterogeneous job. None, like an empty text, keeps
+        the template's time limit, and takes out what not every job has.
     values : mapping
         Assignments: shell text by name.
     """
     text = _TO_EDIT.sub(
-        f"# Written by 'hdb slurm' of hpc-hdb {__version__}; submit it with sbatch.\n",
-        template_text(template),
+        f"{_WRITTEN} {__version__}; submit it with sbatch.\n", template_text(template)
     )
     head, dashes, rest = text.partition("\n# ----")
     lines: list[str] = []
-    pending = [dict(part) for part in parts]
+    pending: list[Options] = [
+        {name: value or None for name, value in part.items()} for part in parts
+    ]
     part = 0
     for line in head.split("\n"):
         if not line.startswith("#SBATCH") and lines and lines[-1].startswith("#SBATCH"):
@@ -304,7 +274,7 @@ def _fill_in(
         if found and found[1] in pending[part]:
             value = pending[part].pop(found[1])
             if value is not None:
-                line = _directive(found[1], value) + found[3]
+                line = directive(found[1], value) + found[3]
             elif found[1] != "time":
                 continue
         lines.append(line)
@@ -314,7 +284,13 @@ def _fill_in(
         assert assignment.search(head), f"{template}.sbatch has no {name}="
         head = assignment.sub(partial(_assign, name, value), head, count=1)
     environment = "".join(f"{line}\n" for line in _environment(site))
-    return _ENVIRONMENT.sub(lambda _: environment, head + dashes + rest)
+    return _with_sum(_ENVIRONMENT.sub(lambda _: environment, head + dashes + rest))
+
+
+def _with_sum(text: str) -> str:
+    """A script that says by its checksum whether it has been edited since."""
+    total = zlib.crc32(text.encode(errors="surrogateescape"))
+    return re.sub(rf"^({_WRITTEN} [^;\s]+)", rf"\1 ({total:08x})", text, count=1, flags=re.M)
 
 
 def _assign(name: str, value: str, old: re.Match[str]) -> str:
@@ -322,23 +298,11 @@ def _assign(name: str, value: str, old: re.Match[str]) -> str:
     return f"{f'{name}={value}':<30} {old[1] or ''}".rstrip()
 
 
-def _new_lines(options: dict[str, str | None]) -> list[str]:
+def _new_lines(options: Options) -> list[str]:
     """Directives for the options that the template has no line for; takes them."""
-    lines = [_directive(name, value) for name, value in options.items() if value is not None]
+    lines = [directive(name, value) for name, value in options.items() if value is not None]
     options.clear()
     return lines
-
-
-def _directive(name: str, value: str) -> str:
-    """An ``#SBATCH`` line: what is typed stays text, whatever it holds."""
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-        raise UserError(f"--sbatch {name}: give the long name of an sbatch option, without dashes")
-    if not value.isprintable():
-        raise UserError(f"--{name} {value!r}: Slurm takes no control characters there")
-    if _PLAIN.fullmatch(value):
-        return f"#SBATCH --{name}={value}"
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'#SBATCH --{name}="{quoted}"'
 
 
 def _environment(site: Site) -> list[str]:

@@ -11,7 +11,8 @@ whatis("Name: hpc-hdb")
 whatis("Version: @VERSION@")
 whatis("Description: hybrid dual-batch and cyclic progressive learning for clusters")
 
-family("hpc-hdb")
+family("hpc_hdb")
+family("mpi") -- @MPI@
 
 local prefix = "@PREFIX@"
 setenv("HPC_HDB_ROOT", prefix)

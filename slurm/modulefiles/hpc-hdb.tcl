@@ -13,6 +13,7 @@ module-whatis "Version: @VERSION@"
 module-whatis "Description: hybrid dual-batch and cyclic progressive learning for clusters"
 
 conflict hpc-hdb
+conflict openmpi mpich mvapich2 impi intel-mpi intel-oneapi-mpi cray-mpich ;# @MPI@
 
 set prefix {@PREFIX@}
 setenv HPC_HDB_ROOT $prefix

@@ -44,9 +44,10 @@ class Watched(Tiny):
         if self.training and "WATCH" in os.environ:
             dropout = [module.p for module in self.modules() if isinstance(module, nn.Dropout)]
             cores = sorted(os.sched_getaffinity(0))
-            line = json.dumps({"shape": list(images.shape), "dropout": dropout, "cores": cores})
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            line = {"shape": list(images.shape), "dropout": dropout, "cores": cores, "gpus": gpus}
             with (Path(os.environ["WATCH"]) / rank).open("a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(line) + "\n")
         lives = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
         hurried = lives > int(os.environ.get("SLOW_LIVES", lives))
         if self.training and rank and rank == os.environ.get("SLOW") and not hurried:
