@@ -9,7 +9,7 @@ Communication takes no virtual time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,8 @@ class VirtualCluster(Clock):
     slowness : sequence of float, length `workers`, optional
         Factor by which each worker takes longer than predicted; 1 by default.
     servers : int
+    signal_number : callable
+        The signal that asks to stop, 0 while there is none: no server runs while a worker trains.
 
     Attributes
     ----------
@@ -62,11 +64,15 @@ class VirtualCluster(Clock):
     """
 
     def __init__(
-        self, workers: int, slowness: Sequence[float] | None = None, servers: int = 1
+        self,
+        workers: int,
+        slowness: Sequence[float] | None = None,
+        servers: int = 1,
+        signal_number: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__()
         self.servers = servers
-        self.server = VirtualServerLink(self, workers)
+        self.server = VirtualServerLink(self, workers, signal_number)
         self.followers = [VirtualFollowerLink(self, rank) for rank in range(1, servers)]
         factors = slowness or [1.0] * workers
         self.workers = [
@@ -230,13 +236,21 @@ class VirtualServerLink(_VirtualSliceLink):
 
     patience = float("inf")
 
-    def __init__(self, cluster: Cluster, workers: int) -> None:
+    def __init__(
+        self, cluster: Cluster, workers: int, signal_number: Callable[[], int] = lambda: 0
+    ) -> None:
         super().__init__(cluster, SERVER)
         self.workers = workers
         self.servers = cluster.servers
-        self.is_interrupted = False
+        self._signal_number = signal_number
+        self._called_off = False
         self._inbox: deque[tuple[int, Report]] = deque()
         self._handed_in: list[tuple[Tensor, slice]] = []
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run is called off, or a signal asks for that."""
+        return self._called_off or self._signal_number() > 0
 
     def deliver(self, worker: int, report: Report) -> None:
         """Take a worker's report."""
@@ -289,7 +303,7 @@ class VirtualServerLink(_VirtualSliceLink):
         self._handed_in.clear()
 
     def interrupt(self) -> None:
-        self.is_interrupted = True
+        self._called_off = True
 
 
 class VirtualFollowerLink(_VirtualSliceLink):

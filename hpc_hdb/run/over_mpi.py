@@ -50,7 +50,7 @@ from hpc_hdb.run.planning import (
     time_sweeps,
 )
 from hpc_hdb.run.replacement import hindrance, recruiter
-from hpc_hdb.run.serve import STOP_SIGNALS, has_finished, serve
+from hpc_hdb.run.serve import STOP_SIGNALS, catch_signals, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
@@ -161,10 +161,13 @@ def _run(
         progress.note(f"server.replacements: lost workers will not be replaced; {reason}")
     recruit = None if reason else recruiter(job)
     link = MpiServerLink(split.links, servers, recruit, split.partners)
+    asked = catch_signals()
     with results_in(folder.path, folder.check):
         name = image_name(data, settings)
         try:
-            status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)
+            status = serve(
+                settings, folder, plan, evaluator, link, progress, complete, "mpi", name, asked
+            )
         except MPI.Exception as error:
             raise_unless_failure(error)
             raise UserError(_lost_rank(comm, servers, folder.path)) from None

@@ -49,6 +49,7 @@ def serve(
     drive: Drive,
     mode: str,
     image_name: Callable[[int], str],
+    signal_number: Callable[[], int],
 ) -> int:
     """Run the root server to the end of training.
 
@@ -61,6 +62,8 @@ def serve(
         the loop.
     image_name : callable
         Where a sample's training image is, to name bad ones.
+    signal_number : callable
+        What `catch_signals` returned.
 
     Returns
     -------
@@ -93,7 +96,6 @@ def serve(
     log = EventLog(folder.path / "events.jsonl", lambda: before + link.now())
     log.listen(progress.show)
     log.listen(lambda _: folder.check())
-    received = _catch_signals()
     evaluator.parameters.to_wire()
     server = ParameterServer(
         link,
@@ -103,7 +105,7 @@ def serve(
         evaluator,
         log.emit,
         folder.checkpoints,
-        lambda: received[-1] if received else 0,
+        signal_number,
         image_name,
         inline=mode == "virtual" or settings.server.sync == "allreduce",
     )
@@ -149,12 +151,12 @@ def _last_evaluated(folder: RunFolder) -> int:
     return max((event["commit"] for event in log if event["event"] == "evaluation"), default=0)
 
 
-def _catch_signals() -> list[int]:
-    """A list that fills with the signals that ask this run to stop."""
-    received: list[int] = []
+def catch_signals() -> Callable[[], int]:
+    """From now on, catch the signals that ask this run to stop; says which came, 0 for none."""
+    received = [0]
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: received.append(number))
-    return received
+    return lambda: received[-1]
 
 
 def _about(

@@ -386,6 +386,8 @@ class ParameterServer:
                 continue
             worker, report = item
             self._note(worker, report)
+            if report.kind == ReportKind.LEAVE and self._signal_number():
+                continue  # it has heard of the signal by itself, and left a round undone
             if report.kind not in (ReportKind.PROGRESS, ReportKind.LEFT_OUT):
                 return worker, report
 
