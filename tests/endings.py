@@ -70,6 +70,12 @@ class Sleepy(Net):
 def sleepy(num_classes):
     return Sleepy(num_classes)
 
+def wrong(num_classes):
+    return Net(3)
+
+def one_sided(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
 def failing(num_classes):
     raise KeyError("no such layer")
 

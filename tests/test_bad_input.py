@@ -41,6 +41,11 @@ leave(UserError(f"as rank {rank} says"))
     [
         (["model.name=resnet81"], "there is no 'resnet81'; did you mean 'resnet8'?"),
         (["model.name=mine:failing"], "'mine:failing' raised KeyError: 'no such layer' (/"),
+        (["model.name=mine:wrong"], "gives a tensor of shape (2, 3) for 2 images, not a tensor of"),
+        (
+            ["model.name=vit_b_32"],
+            "model.name = 'vit_b_32' raised AssertionError for images of 16x16: Wrong image height",
+        ),
         (["model.name=mine:Net.forward"], "mine:Net.forward"),
         (["plan.small_workers=3"], "plan.small_workers = 3 does not fit the 2 workers"),
         (["server.servers=0"], "server.servers: input should be greater than or equal to 1, not 0"),
@@ -122,7 +127,7 @@ def test_what_rank_0_finds_ends_all_ranks(
     ("overrides", "told"),
     [
         (["data.source=folder", "data.path=gone"], "data.path = 'gone' is not a folder"),
-        (["model.name=mine:failing"], "'mine:failing' raised KeyError: 'no such layer'"),
+        (["model.name=mine:one_sided"], "raised RuntimeError for images of 16x16: mat1 and mat2 "),
         (["train.precision=fp16"], 'train.precision = "fp16" needs a GPU'),
     ],
     ids=["of all ranks", "of all ranks, a moment apart", "of all workers"],
