@@ -8,6 +8,7 @@ Communication takes no virtual time.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 from hpc_hdb.cluster.clock import Clock, Suspend
 from hpc_hdb.cluster.messages import Instruction, Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
-from hpc_hdb.cluster.slices import Slices
+from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
 
 
 class Cluster(Protocol):
@@ -188,7 +189,7 @@ class _VirtualSliceLink:
     def __init__(self, cluster: Cluster, rank: int) -> None:
         self._cluster = cluster
         self._rank = rank
-        self._begin = 0
+        self._size = self._begin = 0
 
     @property
     def begin(self) -> int:
@@ -203,11 +204,16 @@ class _VirtualSliceLink:
         self._cluster.workers[worker - 1].pull(self._in_model(part), model[part])
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
+        workers = self._cluster.workers
         for part in self.parts:
-            first, *others = self._cluster.workers
-            out[part] = first.weighted(self._in_model(part))
-            for worker in others:
-                out[part] += worker.weighted(self._in_model(part))
+            for number in range(len(workers)):
+                share = share_of_sum(self._size, number, len(workers))
+                both = overlap(share, self._in_model(part))
+                if both.start < both.stop:
+                    # Open MPI's order, for all but small models: along a ring that ends here.
+                    ring = [*workers[number + 1 :], *workers[: number + 1]]
+                    total = functools.reduce(torch.add, (worker.weighted(both) for worker in ring))
+                    out[both.start - self._begin : both.stop - self._begin] = total
             yield part
 
     def broadcast(self, model: Tensor, part: slice) -> None:
@@ -219,7 +225,8 @@ class _VirtualSliceLink:
 
     def take_slice(self, model: Tensor) -> Tensor:
         """This server's slice of the whole `model`."""
-        slices = Slices(model.numel(), self._cluster.servers)
+        self._size = model.numel()
+        slices = Slices(self._size, self._cluster.servers)
         self._begin, end = slices.bounds(self._rank)
         self.parts = [
             slice(part.start - self._begin, part.stop - self._begin)
