@@ -188,6 +188,35 @@ def test_commits_are_merged_while_a_model_is_evaluated(train: Callable[[str], Do
     assert meanwhile[-1]["commit"] > first["commit"] + 3
 
 
+def test_the_demo_is_accurate_and_ends_with_a_table_and_a_report(
+    digits: Path, tmp_path: Path
+) -> None:
+    """What `make demo` trains: the preset of the digits as it is."""
+    run = tmp_path / "run"
+    settings = [f"data.path={digits}", f"run.output={run}", "run.report=true"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    out = succeed("hdb", "train", "digits", *words, ranks=4, timeout=300)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final_accuracy"] >= 0.97
+    assert f"accuracy {summary['final_accuracy']:.2%}" in out
+    table = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:5]]
+        for line in out.splitlines()
+        if len(cells := line.split("│")) == 6
+    }
+    assert table["ranks"] == ["1", "2", "1"]
+    for activity in ("waiting", "communicating", "evaluating"):
+        assert all(float(cell) >= 0 for cell in table[activity])
+        assert float(table[activity][0]) > 0
+    assert table["training"][0] == "-" and all(float(c) > 0 for c in table["training"][1:])
+    server = summary["roles"]["server"]
+    assert server["wait"] + server["communicate"] + server["evaluate"] < 1.2 * summary["seconds"]
+    assert out.rstrip().endswith(f"plots and tables: {run / 'report.html'}")
+    page = (run / "report.html").read_text()
+    assert "Where the time went" in page and "data:image/png" in page
+    assert {path.stem for path in (run / "plots").iterdir()} >= {"accuracy", "roles", "stages"}
+
+
 def test_momentum_is_kept_only_where_asked(done: Done) -> None:
     kept = list((done.folder / "checkpoint").glob("worker-*.pt"))
     assert bool(kept) == done.kind.keep_momentum

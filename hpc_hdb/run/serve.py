@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shlex
 import signal
 from collections.abc import Callable, Coroutine
 from importlib import metadata
@@ -127,14 +128,32 @@ def serve(
         return 128 + interruption.signal_number
     finally:
         progress.close()
-    log.emit("end", {"commit": server.commits})
+    log.emit("end", {"commit": server.commits} | server.own_seconds())
     log.close()
     evaluator.load(model)
     write_sealed(folder.model, evaluator.parameters.model.state_dict())
     summary = summarise(read_events(folder.path))
     folder.write_json("summary.json", summary)
     progress.end(summary, folder.path)
+    _report(folder.path, settings.run.report, progress.note)
     return 0
+
+
+def _report(run: Path, wanted: bool, note: Callable[[str], None]) -> None:
+    """Write the report of a finished run if it is wanted; say where it is, or how to have it."""
+    again = f"hdb report {shlex.quote(str(run))}"
+    if not wanted:
+        note(f"plots and tables: {again}")
+        return
+    try:
+        from hpc_hdb.report.report import write_report  # imports matplotlib
+
+        page = write_report([run]).page
+    except Exception as error:  # the run has finished, whatever happens here
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        note(f"no report was written ({reason}): {again}")
+    else:
+        note(f"plots and tables: {page}")
 
 
 def has_finished(folder: RunFolder, progress: Progress) -> bool:
