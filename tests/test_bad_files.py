@@ -70,7 +70,7 @@ def test_a_damaged_image_is_named(images: Path, damage: Callable[[Path], None]) 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_damaged_image_that_one_rank_meets_ends_all(images: Path, split: str) -> None:
     (images / split / "bee" / "03.jpg").write_text("no image at all")
-    told = f"cannot decode images/{split}/bee/03.jpg: not an image; replace or remove the file"
+    told = f"cannot decode images/{split}/bee/03.jpg: not an image; bring a good copy of it"
     refused(*TRAIN, *IMAGES, told=told, ranks=3, cwd=images.parent)
 
 
@@ -257,7 +257,7 @@ def test_a_damaged_run_folder_is_refused_as_it_is(
 def test_a_checkpoint_of_another_model_is_refused(copy: Path) -> None:
     settings = copy / "out" / "config.toml"
     settings.write_text(settings.read_text().replace("mine:net", "resnet8"))
-    told = "belongs to another model: set model and data as in out/config.toml"
+    told = "belongs to another model than out/config.toml makes now: undo what has changed since"
     refused("hdb", "train", "--resume", "out", told=told, ranks=3, cwd=copy)
     assert_whole(copy / "out")
 

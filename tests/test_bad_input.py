@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,10 @@ def test_mpi_without_threads_is_refused(here: Path) -> None:
     level = "from mpi4py import MPI; assert MPI.Query_thread() == MPI.THREAD_SINGLE"
     assert run("python", "-c", level, ranks=1, **single).returncode == 0
     refused(*TRAIN, told="runs without thread support", ranks=3, cwd=here, **single)
+    serialized = {"MPI4PY_RC_THREAD_LEVEL": "serialized"}
+    drop = sets("server.sync=bsp", "server.silent_worker=drop")
+    told = 'server.silent_worker = "drop" in BSP needs an MPI library with full thread support'
+    refused(*TRAIN, *drop, told=told, ranks=3, cwd=here, **serialized)
 
 
 def test_a_missing_mpi_library_is_told_once(here: Path) -> None:
@@ -172,6 +177,20 @@ def test_a_launcher_that_is_not_of_this_mpi_library_is_told_once(here: Path) -> 
     assert [ending.lines for ending in endings[1:]] == [[], [], []]
 
 
+# ---- at the end of training ------------------------------------------------------------------
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(here: Path) -> None:
+    (here / "matplotlib").mkdir()
+    (here / "matplotlib" / "__init__.py").write_text("raise ImportError('no matplotlib here')")
+    words = sets("run.report=true")
+    done = run(*SIMULATE, *words, cwd=here, PYTHONPATH=f"{here}:{os.environ.get('PYTHONPATH', '')}")
+    assert (done.returncode, done.stderr) == (0, "")
+    last = "no report was written (no matplotlib here): hdb report out"
+    assert done.stdout.rstrip().split("\n")[-1] == last
+    assert (here / "out" / "summary.json").exists()
+
+
 # ---- in the middle of training ----------------------------------------------------------------
 
 
@@ -182,6 +201,13 @@ def test_an_unforeseen_error_of_all_workers_is_one_traceback(here: Path) -> None
     assert ending.lines[-1] == "ArithmeticError: these weights are no good"
     assert sum(line.startswith("Traceback") for line in ending.lines) == 1
     assert ending.seconds < SECONDS
+
+
+def test_training_that_diverges_at_once_speaks_of_no_checkpoint(here: Path) -> None:
+    overrides = ["schedule.learning_rate=1e38", "server.commits_per_epoch=1"]
+    ending = Job(*SIMULATE, *sets(*overrides), cwd=here).end()
+    assert_refusal(ending, "training diverged", "on every worker: lower schedule.learning_rate")
+    assert ending.lines[0].endswith("and start again")
 
 
 def test_training_that_diverges_leaves_good_checkpoints(here: Path) -> None:

@@ -123,6 +123,7 @@ def _run(
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
         check_resumed_ranks(plan, settings, comm.size, folder)
+    _check_threads(settings)
     workers = _workers(comm.size, settings)
     own = settings
     if data_copy is not None:
@@ -253,6 +254,20 @@ def _worker(
         complete(run_worker(link, trainer, settings.server.synchronous, keep, kept))
     if group is not None:
         group.close()
+
+
+def _check_threads(settings: Settings) -> None:
+    """Raise UserError where ranks that hang are to be ended, and MPI takes calls of one thread.
+
+    A worker in a collective call that one of them holds up is got out of it by another thread.
+    """
+    drops = settings.server.sync == "bsp" and settings.server.silent_worker == "drop"
+    if drops and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise UserError(
+            'server.silent_worker = "drop" in BSP needs an MPI library with full thread support '
+            "(MPI_THREAD_MULTIPLE), which this one lacks or was started without: leave "
+            'MPI4PY_RC_THREAD_LEVEL unset, load an MPI built with threads, or set it to "report"'
+        )
 
 
 def _workers(ranks: int, settings: Settings) -> int:
