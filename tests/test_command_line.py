@@ -265,11 +265,11 @@ def test_a_damaged_timing_file_is_refused_by_name(hdb: Terminal, tmp_path: Path,
         (["plan", *figures(workers="four")], "'--workers'"),
         (
             ["plan", *figures(workers="0")],
-            "'--workers': Input should be greater than or equal to 1",
+            "Invalid value for '--workers'",
         ),
         (
             ["plan", "digits", "--workers", "0"],
-            "'--workers': Input should be greater than or equal to 1",
+            "Invalid value for '--workers'",
         ),
         (["plan", *figures(), *sets("plan.foo=3")], "--set plan.foo=3 changes a CONFIG: give one"),
         (
