@@ -101,7 +101,11 @@ def profile(
     output: Annotated[Path, typer.Option(help="Where to write it.")] = Path("timing.json"),
     bound: Annotated[
         int | None,
-        typer.Option(min=2, help="Largest batch to try; by default the configured one, or 256."),
+        typer.Option(
+            min=2,
+            help="Largest batch to try; by default what fits the GPU, or on a CPU the configured "
+            "one up to 256.",
+        ),
     ] = None,
     network: Annotated[
         bool,
@@ -139,7 +143,7 @@ def plan(
     ] = None,
     large_batch: Annotated[int | None, typer.Option(help="B_L, in images.")] = None,
     samples: Annotated[int | None, typer.Option(help="D, training images per epoch.")] = None,
-    workers: Annotated[int | None, typer.Option(help="n.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="n.")] = None,
     small_workers: Annotated[int | None, typer.Option(help="n_S, of the n.")] = None,
     time_ratio: Annotated[
         float | None, typer.Option(help="k: epoch time relative to large batches alone.")
@@ -182,6 +186,8 @@ def plan(
                 console.print(note, highlight=False, soft_wrap=True)
             console.print(advice.line, highlight=False, soft_wrap=True)
         return
+    if overrides:
+        raise UserError(f"--set {overrides[0]} changes a CONFIG: give one, or leave it out")
     missing = [name for name, value in figures.items() if value is None]
     if missing:
         raise UserError(f"give a CONFIG, or {', '.join(missing)} too")
@@ -211,7 +217,10 @@ def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> An
             "write timing.json with 'hdb profile', then --set plan.timing=timing.json"
         )
     if samples is None:
-        samples = len(open_data(settings.data, "train").labels)
+        try:
+            samples = len(open_data(settings.data, "train").labels)
+        except UserError as error:
+            raise UserError(f"{error}; or give their number: --samples") from None
     return make_plan(settings, workers or settings.plan.workers, samples, timing)
 
 

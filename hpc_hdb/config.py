@@ -239,6 +239,8 @@ class Run(Section):
     evaluate_every: Positive = 1
     """Epochs between evaluations of the merged model."""
     evaluation_batch: Positive = 250
+    report: bool = True
+    """Whether rank 0 writes report.html and plots/ at the end, as 'hdb report' does."""
 
     @property
     def states_kept(self) -> int:
@@ -425,8 +427,9 @@ def _nearest_setting(section: str, name: str) -> str:
     settings = {
         key: list(type(field.default).model_fields) for key, field in Settings.model_fields.items()
     }
-    for other in sorted(settings, key=lambda key: key != section):
-        if close := difflib.get_close_matches(name, settings[other], n=1):
+    own_first = sorted(settings, key=lambda key: key != section)
+    for other, likeness in [*((key, 0.6) for key in own_first), (section, 0.5)]:
+        if close := difflib.get_close_matches(name, settings[other], n=1, cutoff=likeness):
             return f"; did you mean '{other}.{close[0]}'?"
     return f"; choose from {', '.join(f'{section}.{own}' for own in settings[section])}"
 

@@ -90,6 +90,11 @@ def environment(**more: str) -> dict[str, str]:
 def command(arguments: Sequence[str | Path], ranks: int = 0) -> list[str]:
     """``hdb ...`` (or another program), under ``mpirun -n ranks`` where ranks is given."""
     words = [str(word) for word in arguments]
+    if words[:2] in (["hdb", "train"], ["hdb", "simulate"]) and "--resume" not in words:
+        words[2:2] = [
+            "--set",
+            "run.report=false",
+        ]  # a second each, of hundreds; it may be set again
     if ranks:
         assert shutil.which("mpirun", path=environment()["PATH"]), "no mpirun: pip install .[mpi]"
         words = ["mpirun", "-n", str(ranks), *words]

@@ -43,6 +43,7 @@ commits_per_epoch = 2
 """A run of seconds for `MODELS`; further sections go on from here."""
 
 MODELS = """
+import time
 from torch import nn
 
 class Net(nn.Module):
@@ -59,6 +60,21 @@ class Net(nn.Module):
 
 def net(num_classes):
     return Net(num_classes)
+
+class Sleepy(Net):
+    def forward(self, images):
+        if self.training:
+            time.sleep(0.5)
+        return super().forward(images)
+
+def sleepy(num_classes):
+    return Sleepy(num_classes)
+
+def wrong(num_classes):
+    return Net(3)
+
+def one_sided(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
 
 def failing(num_classes):
     raise KeyError("no such layer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_damaged_image_is_named(images: Path, damage: Callable[[Path], None]) 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_damaged_image_that_one_rank_meets_ends_all(images: Path, split: str) -> None:
     (images / split / "bee" / "03.jpg").write_text("no image at all")
-    told = f"cannot decode images/{split}/bee/03.jpg: not an image; replace or remove the file"
+    told = f"cannot decode images/{split}/bee/03.jpg: not an image; bring a good copy of it"
     refused(*TRAIN, *IMAGES, told=told, ranks=3, cwd=images.parent)
 
 
@@ -206,6 +207,23 @@ def test_processes_that_decode_do_not_hear_the_signal(images: Path, number: int)
     assert (ending.status, ending.lines) == (128 + number, [])
 
 
+def test_simulated_workers_leave_after_the_step_they_are_in(here: Path) -> None:
+    """Each of the two would sleep for five seconds more in its round."""
+    slow = sets("model.name=mine:sleepy", "schedule.large_batch=[6]", "plan.small_workers=0")
+    training = Job(*SIMULATE, *slow, cwd=here)
+    training.until(lambda: (here / "out" / "events.jsonl").exists())
+    training.signal(signal.SIGTERM)
+    asked = time.monotonic()
+    ending = training.end()
+    assert (ending.status, ending.lines) == (128 + signal.SIGTERM, [])
+    assert time.monotonic() - asked < 4
+    assert [event["event"] for event in events(here / "out")][-3:] == [
+        "leave",
+        "leave",
+        "interrupted",
+    ]
+
+
 def test_an_interrupt_of_mpirun_leaves_a_checkpoint(here: Path) -> None:
     """mpirun passes nothing on that a rank prints from then on."""
     training = Job(*TRAIN, *LONG, ranks=3, cwd=here)
@@ -239,7 +257,7 @@ def test_a_damaged_run_folder_is_refused_as_it_is(
 def test_a_checkpoint_of_another_model_is_refused(copy: Path) -> None:
     settings = copy / "out" / "config.toml"
     settings.write_text(settings.read_text().replace("mine:net", "resnet8"))
-    told = "belongs to another model: set model and data as in out/config.toml"
+    told = "belongs to another model than out/config.toml makes now: undo what has changed since"
     refused("hdb", "train", "--resume", "out", told=told, ranks=3, cwd=copy)
     assert_whole(copy / "out")
 
@@ -260,6 +278,20 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(copy: Path) -> None:
     told = "out already holds a run: go on with it by --resume out, or choose another run.output"
     refused(*TRAIN, told=told, ranks=3, cwd=copy)
     assert contents(copy) == before
+
+
+def test_a_folder_whose_run_was_killed_before_it_began_is_free(copy: Path) -> None:
+    """The plan is written, and the settings not yet."""
+    for path in (copy / "out").rglob("*"):
+        if path.is_file() and path.name not in ("plan.json", ".lock"):
+            path.unlink()
+    (copy / "out" / "checkpoint").rmdir()
+    (copy / "out" / "config.toml.part").write_text("[data]\nsou")
+    told = "out is not a run folder: it has no config.toml"
+    refused("hdb", "simulate", "--resume", "out", told=told, cwd=copy)
+    succeed(*SIMULATE, cwd=copy)
+    assert json.loads((copy / "out" / "summary.json").read_text())["state"] == "finished"
+    assert not list((copy / "out").rglob("*.part"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(here: Path) -> None:

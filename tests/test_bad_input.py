@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ leave(UserError(f"as rank {rank} says"))
     [
         (["model.name=resnet81"], "there is no 'resnet81'; did you mean 'resnet8'?"),
         (["model.name=mine:failing"], "'mine:failing' raised KeyError: 'no such layer' (/"),
+        (["model.name=mine:wrong"], "gives a tensor of shape (2, 3) for 2 images, not a tensor of"),
+        (
+            ["model.name=vit_b_32"],
+            "model.name = 'vit_b_32' raised AssertionError for images of 16x16: Wrong image height",
+        ),
         (["model.name=mine:Net.forward"], "mine:Net.forward"),
         (["plan.small_workers=3"], "plan.small_workers = 3 does not fit the 2 workers"),
         (["server.servers=0"], "server.servers: input should be greater than or equal to 1, not 0"),
@@ -120,7 +126,7 @@ def test_what_rank_0_finds_ends_all_ranks(
     ("overrides", "told"),
     [
         (["data.source=folder", "data.path=gone"], "data.path = 'gone' is not a folder"),
-        (["model.name=mine:failing"], "'mine:failing' raised KeyError: 'no such layer'"),
+        (["model.name=mine:one_sided"], "raised RuntimeError for images of 16x16: mat1 and mat2 "),
         (["train.precision=fp16"], 'train.precision = "fp16" needs a GPU'),
     ],
     ids=["of all ranks", "of all ranks, a moment apart", "of all workers"],
@@ -140,6 +146,10 @@ def test_mpi_without_threads_is_refused(here: Path) -> None:
     level = "from mpi4py import MPI; assert MPI.Query_thread() == MPI.THREAD_SINGLE"
     assert run("python", "-c", level, ranks=1, **single).returncode == 0
     refused(*TRAIN, told="runs without thread support", ranks=3, cwd=here, **single)
+    serialized = {"MPI4PY_RC_THREAD_LEVEL": "serialized"}
+    drop = sets("server.sync=bsp", "server.silent_worker=drop")
+    told = 'server.silent_worker = "drop" in BSP needs an MPI library with full thread support'
+    refused(*TRAIN, *drop, told=told, ranks=3, cwd=here, **serialized)
 
 
 def test_a_missing_mpi_library_is_told_once(here: Path) -> None:
@@ -165,6 +175,20 @@ def test_a_launcher_that_is_not_of_this_mpi_library_is_told_once(here: Path) -> 
     assert [ending.lines for ending in endings[1:]] == [[], [], []]
 
 
+# ---- at the end of training ------------------------------------------------------------------
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(here: Path) -> None:
+    (here / "matplotlib").mkdir()
+    (here / "matplotlib" / "__init__.py").write_text("raise ImportError('no matplotlib here')")
+    words = sets("run.report=true")
+    done = run(*SIMULATE, *words, cwd=here, PYTHONPATH=f"{here}:{os.environ.get('PYTHONPATH', '')}")
+    assert (done.returncode, done.stderr) == (0, "")
+    last = "no report was written (no matplotlib here): hdb report out"
+    assert done.stdout.rstrip().split("\n")[-1] == last
+    assert (here / "out" / "summary.json").exists()
+
+
 # ---- in the middle of training ----------------------------------------------------------------
 
 
@@ -175,6 +199,13 @@ def test_an_unforeseen_error_of_all_workers_is_one_traceback(here: Path) -> None
     assert ending.lines[-1] == "ArithmeticError: these weights are no good"
     assert sum(line.startswith("Traceback") for line in ending.lines) == 1
     assert ending.seconds < SECONDS
+
+
+def test_training_that_diverges_at_once_speaks_of_no_checkpoint(here: Path) -> None:
+    overrides = ["schedule.learning_rate=1e38", "server.commits_per_epoch=1"]
+    ending = Job(*SIMULATE, *sets(*overrides), cwd=here).end()
+    assert_refusal(ending, "training diverged", "on every worker: lower schedule.learning_rate")
+    assert ending.lines[0].endswith("and start again")
 
 
 def test_training_that_diverges_leaves_good_checkpoints(here: Path) -> None:

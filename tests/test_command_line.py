@@ -263,6 +263,21 @@ def test_a_damaged_timing_file_is_refused_by_name(hdb: Terminal, tmp_path: Path,
         (["plan", *figures(time_ratio="3")], "use a time_ratio from 1 to 1.309"),
         (["plan", *figures(overhead="0")], "a positive overhead per batch (c), not 0"),
         (["plan", *figures(workers="four")], "'--workers'"),
+        (
+            ["plan", *figures(workers="0")],
+            "Invalid value for '--workers'",
+        ),
+        (
+            ["plan", "digits", "--workers", "0"],
+            "Invalid value for '--workers'",
+        ),
+        (["plan", *figures(), *sets("plan.foo=3")], "--set plan.foo=3 changes a CONFIG: give one"),
+        (
+            ["plan", "cifar100", *sets("plan.timing={24=[1e-3,1e-2],32=[1e-3,1e-2]}")],
+            "cifar100 is not in data, or corrupted: let hdb train download it, put torchvision's "
+            "cifar-100-python there, or bring the images as a folder (data.source=folder); or give "
+            "their number: --samples",
+        ),
         (["plan", "--epochs", "3"], "--epochs"),
         (["plan", "digits"], "'hdb profile', then --set plan.timing=timing.json"),
         (["plan", "digits", "--set", "plan.timing=gone.json"], "no timing file gone.json"),

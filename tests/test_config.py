@@ -249,6 +249,11 @@ def test_an_override_without_section_key_or_value_is_explained(override: str) ->
             "model.lr=1",
             "unknown setting 'model.lr'; choose from model.name, model.stem",
         ),
+        ("server.sink=bsp", "unknown setting 'server.sink'; did you mean 'server.sync'?"),
+        (
+            "plan.epocs=3",
+            "unknown setting 'plan.epocs'; did you mean 'schedule.epochs'?",
+        ),
         ("plan.timing.16=[1,1]", "unknown setting 'plan.timing.16'; did you mean 'plan.timing'?"),
         ("pln.workers=3", "unknown section 'pln'; did you mean 'plan'?"),
         ("optimizer.lr=3", "unknown section 'optimizer'; choose from data, model, plan, "),

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from hpc_hdb.config import Data, Model
+from hpc_hdb.config import Data, Model, Settings
 from hpc_hdb.errors import UserError
+from hpc_hdb.run.build import make_model
 from hpc_hdb.train import data as data_module
 from hpc_hdb.train.data import (
     ImageArray,
@@ -31,7 +32,7 @@ from hpc_hdb.train.data import (
     scan_folder,
 )
 from hpc_hdb.train.merge import MERGES, reduction_weights
-from hpc_hdb.train.model import build_model, set_dropout
+from hpc_hdb.train.model import ClassifierDropout, build_model, set_dropout
 from hpc_hdb.train.parameters import FlatModel
 
 CPU = torch.device("cpu")
@@ -295,13 +296,41 @@ def test_the_small_stem_keeps_the_resolution_of_small_images(stem: str, side: in
         ("resnet9", "did you mean 'resnet"),
         ("my-net", "choose resnet8, resnet20, a torchvision classifier, or package.module:functio"),
         ("fcn_resnet50", "model.name: there is no 'fcn_resnet50'; "),
-        ("squeezenet1_1", "model 'squeezenet1_1' has no linear classifier to put dropout before"),
     ],
 )
 def test_a_model_that_is_none_is_told_so(name: str, told: str) -> None:
     with pytest.raises(UserError) as caught, torch.device("meta"):
         build_model(Model(name=name), 10)
     assert told in str(caught.value)
+
+
+def test_the_dropout_of_a_squeezenet_follows_the_stage() -> None:
+    model = build_model(Model(name="squeezenet1_1"), 7)
+    dropout, last = model.classifier[0], model.classifier[1]
+    assert isinstance(dropout, ClassifierDropout) and isinstance(last, nn.Conv2d)
+    assert model.eval()(some_images(4, 32)).shape == (4, 7)
+    assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == 1
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_classifiers_that_no_loss_trains_are_left_out(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(Model(name=name), 10)
+    assert not [path for path, _ in model.named_parameters() if path.lower().startswith("aux")]
+
+
+def test_that_a_model_takes_its_images_is_found_out_without_a_trace() -> None:
+    settings = Settings(model=Model(name="resnet8"))
+    found = []
+    for make in (
+        lambda: build_model(settings.model, 10),
+        lambda: make_model(settings, 10, torch.device("cpu")),
+    ):
+        torch.manual_seed(3)
+        model = make()
+        found.append((torch.get_rng_state(), model.training, *model.state_dict().values()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 USERS_MODULE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TIMING, succeed
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -312,6 +313,18 @@ def test_a_small_worker_is_done_when_a_large_one_is(case: tuple) -> None:
     assert faster * (1 - 1e-9) <= plan.epoch_seconds <= slower * (1 + 1e-9)
 
 
+@given(feasible_plans())
+def test_a_large_worker_takes_the_predicted_time_within_its_last_batch(case: tuple) -> None:
+    plan, time, *_ = case
+    if plan.large_workers == 0:
+        return
+    predicted = time.of_samples(plan.large_share, plan.large_batch)
+    half_a_sample = time.of_samples(0.5, plan.large_batch)  # by which the share is rounded
+    assert abs(plan.epoch_seconds - predicted) <= half_a_sample * (1 + 1e-6)
+    in_whole_batches = time.of_steps(plan.large_share, -(-plan.large_share // plan.large_batch))
+    assert abs(plan.epoch_seconds - in_whole_batches) <= time.of_batch(plan.large_batch)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -319,7 +332,12 @@ def test_a_small_worker_is_done_when_a_large_one_is(case: tuple) -> None:
         ({"time_ratio": 70, "small_workers": 4}, "time to spare even with one image per batch"),
         ({"samples": 5, "time_ratio": 1, "large_batch": 2}, "(3) would exceed the large one (2)"),
         ({"samples": 10, "time_ratio": 1, "small_workers": 2}, "3 samples cannot be trained in"),
-        ({"samples": 1500, "workers": 1000, "time_ratio": 1}, "no time_ratio works here"),
+        ({"time_ratio": 1.5}, "use a time_ratio from 1 to 1.325, or small_workers from 2 to 4"),
+        (
+            {"samples": 1500, "workers": 1000, "time_ratio": 1},
+            "and leave none for the small-batch group; use small_workers from 334 to 999",
+        ),
+        ({"samples": 0}, "at least 1 training sample, not 0"),
         ({"small_workers": 5}, "small_workers = 5 does not fit 4 workers: use 0 to 4"),
         ({"small_workers": -1}, "small_workers = -1 does not fit 4 workers: use 0 to 4"),
         ({"workers": 0}, "at least 1 worker, not 0"),
@@ -337,6 +355,19 @@ def test_an_infeasible_plan_says_which_input_makes_it_so(changes: dict, words: s
 
 
 @pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ((60, 7, 6, 30), "use 7 and a time_ratio from 1.05 to 1.07"),
+        ((22, 16, 5, 1.1), "nor with another number but 0; use more samples or fewer workers"),
+    ],
+)
+def test_where_no_time_ratio_works_other_small_workers_may(figures: tuple, words: str) -> None:
+    with pytest.raises(InfeasiblePlan, match=r"no time_ratio works with \d small_workers") as error:
+        plan_dual_batch(BatchTime(1e-3, 1e-5), 16, *figures)
+    assert str(error.value).endswith(words)
+
+
+@pytest.mark.parametrize(
     ("time", "bad"), [((0, 0.01), "seconds per image"), ((1e-3, -1), "overhead per batch")]
 )
 def test_a_time_model_without_a_positive_coefficient_is_refused(
@@ -346,28 +377,52 @@ def test_a_time_model_without_a_positive_coefficient_is_refused(
         BatchTime(*time)
 
 
-@settings(max_examples=60)
+NUMBERS = r"(?:from|of) ([\d.]+)(?: to ([\d.]+))?"
+
+
+def named(words: str, text: str) -> list[float]:
+    """The ends of the range that follows `words`; none where they do not occur."""
+    found = re.search(f"{words} {NUMBERS}", text)
+    return [float(number) for number in found.groups() if number] if found else []
+
+
+@settings(max_examples=100)
 @given(
     time=st.builds(BatchTime, st.floats(1e-6, 1e-2), st.floats(1e-5, 1e-1)),
     large_batch=st.integers(1, 64),
-    samples=st.integers(16, 3000),
+    samples=st.integers(16, 200) | st.integers(16, 3000),
     workers=st.integers(1, 16),
     small=st.integers(1, 16),
-    ratio=st.floats(1, 30),
+    ratio=st.floats(1, 2) | st.floats(1, 30),
 )
-def test_the_time_ratios_that_a_refusal_names_work(
+@example(BatchTime(0.007084872964751372, 0.00010134628566187263), 64, 60, 7, 7, 1.0)
+def test_what_a_refusal_names_works_and_what_it_does_not_name_does_not(
     time: BatchTime, large_batch: int, samples: int, workers: int, small: int, ratio: float
 ) -> None:
-    inputs = time, large_batch, samples, workers, min(small, workers)
+    inputs, small = (time, large_batch, samples, workers), min(small, workers)
     try:
-        plan_dual_batch(*inputs, ratio)
-    except InfeasiblePlan as error:
-        named = re.search(r"use a time_ratio (?:from|of) ([\d.]+)(?: to ([\d.]+))?", str(error))
-        assume(named)
-        for bound in filter(None, named.groups()):
-            assert plan_dual_batch(*inputs, float(bound)).small_batch >= 1
-    else:
+        plan_dual_batch(*inputs, small, ratio)
         assume(False)
+    except InfeasiblePlan as error:
+        refusal = str(error)
+
+    def works(small_workers: int, time_ratio: float) -> bool:
+        with contextlib.suppress(InfeasiblePlan):
+            return plan_dual_batch(*inputs, small_workers, time_ratio).small_batch >= 1
+        return False
+
+    other = re.search(r"use (\d+) and", refusal)
+    ratios = named("a time_ratio", refusal)
+    assert all(works(int(other[1]) if other else small, bound) for bound in ratios)
+    counts = named("small_workers", refusal)
+    assert all(works(int(bound), ratio) for bound in counts)
+    elsewhere = [count for count in range(1, workers + 1) if works(count, ratio)]
+    assert [elsewhere[0], elsewhere[-1]] == [counts[0], counts[-1]] if elsewhere else not counts
+    for other_ratio in np.linspace(1, 3, 21):
+        if ratios and not other:
+            assert ratios[0] <= other_ratio <= ratios[-1] or not works(small, other_ratio)
+        else:
+            assert not works(small, other_ratio)
 
 
 # ---- the schedule -----------------------------------------------------------------------------

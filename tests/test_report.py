@@ -193,7 +193,7 @@ def test_stages_and_roles_are_what_a_hand_count_gives() -> None:
             start(),
             stage(0, 0.0, 0, 16),
             commit(1, 1.1, 1, train=1.0, data_seconds=0.2, wait_seconds=0.1),
-            commit(2, 2.0, 2, train=2.0),
+            commit(2, 2.0, 2, train=2.0, server_wait_seconds=0.6, server_communicate_seconds=0.2),
             commit(3, 2.4, 1, train=1.2, part=1, checkpoint_seconds=0.1),
             stage(1, 2.4, 3, 24),
             commit(4, 4.2, 2, train=2.1, part=1, communicate_seconds=0.1),
@@ -203,7 +203,7 @@ def test_stages_and_roles_are_what_a_hand_count_gives() -> None:
             leave(1, 4.5, wait_seconds=0.1),
             leave(2, 7.2),
             evaluation(6, 8.0, accuracy=0.5, loss=2.0),
-            {"event": "end", "time": 8.0, "commit": 6},
+            {"event": "end", "time": 8.0, "commit": 6, "server_wait_seconds": 0.3},
         ]
     )
 
@@ -226,7 +226,15 @@ def test_stages_and_roles_are_what_a_hand_count_gives() -> None:
     assert small["train"] == pytest.approx(7.1)
     assert small["wait"] == pytest.approx(0.8)
     assert summary["overhead"] == pytest.approx(1 - (4.2 + 7.1) / 16)
-    assert summary["roles"]["server"]["evaluate"] == 1.0
+    server = {"workers": 1, "evaluate": 1.0, "wait": pytest.approx(0.9), "communicate": 0.2}
+    assert summary["roles"]["server"] == server
+
+
+def test_a_worker_that_is_lost_again_after_a_resume_counts_once() -> None:
+    dropped = [{"event": "dropped", "time": 1.0, "worker": w} for w in (1, 2, 1, 2)]
+    assert result_lines(summarise([start(), *dropped])).endswith(
+        "\n2 workers of 2 lost on the way: 1, 2"
+    )
 
 
 def test_a_wait_before_the_clock_started_is_not_counted() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,14 @@ from hpc_hdb.train.worker import run_worker
 SLOWNESS = (1, 1, 6)
 
 
-def settings_for(sync: str, staleness: int = 1, adaptive: bool = False) -> Settings:
+def settings_for(
+    sync: str, staleness: int = 1, adaptive: bool = False, batch: int = 10
+) -> Settings:
     values = {
         "data": {"source": "synthetic", "synthetic_samples": 60, "synthetic_side": 8},
         "model": {"name": "models:tiny"},
         "plan": {"small_workers": 0, "timing": {"8": [1e-3, 1e-3]}},
-        "schedule": {"epochs": 4, "resolutions": [8], "large_batch": [10]},
+        "schedule": {"epochs": 4, "resolutions": [8], "large_batch": [batch]},
         "server": {
             "sync": sync,
             "staleness": staleness,
@@ -57,16 +60,17 @@ class Run:
         self.folder = folder
         self.commits: list[dict] = []
         self.seconds = 0.0
+        self.model = torch.empty(0)
 
-    def live(self, until: int | None = None) -> None:
-        """Train to the end, or until a signal after so many commits; then go on."""
+    def live(self, signal_number: Callable[[], int] = lambda: 0) -> None:
+        """Train to the end, or until a signal; then go on."""
         data = open_data(self.settings.data, "train")
         cpu = torch.device("cpu")
         evaluator = make_evaluator(self.settings, cpu, data.classes)
         timing = known_timing(self.settings)
         assert timing is not None
         plan = make_plan(self.settings, len(SLOWNESS), len(data.labels), timing)
-        cluster = VirtualCluster(len(SLOWNESS), SLOWNESS)
+        cluster = VirtualCluster(len(SLOWNESS), SLOWNESS, signal_number=signal_number)
         server = ParameterServer(
             cluster.server,
             plan,
@@ -75,7 +79,7 @@ class Run:
             evaluator,
             lambda name, values: self.commits.append(values) if name == "commit" else None,
             self.folder,
-            lambda: 15 if until is not None and len(self.commits) >= until else 0,
+            signal_number,
             inline=True,
         )
         if self.commits:
@@ -94,7 +98,7 @@ class Run:
             )
             for link in cluster.workers
         ]
-        cluster.run(server.run(), workers)
+        self.model = cluster.run(server.run(), workers)
         self.seconds = cluster.time
 
 
@@ -125,10 +129,28 @@ def test_ssp_holds_the_fast_at_its_bound(staleness: int) -> None:
 def test_ssp_keeps_its_bound_through_a_resume(until: int, tmp_path: Path) -> None:
     run = Run(settings_for("ssp"), tmp_path)
     with pytest.raises(Interrupted):
-        run.live(until)
+        run.live(lambda: 15 if len(run.commits) >= until else 0)
     run.live()
     assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
     assert max(leads(run.commits)) == 1
+
+
+@pytest.mark.parametrize("sync", ["asp", "bsp"])
+@pytest.mark.parametrize("questions", range(20, 100, 16))
+def test_a_signal_in_the_middle_of_a_round_is_heard_after_a_step(
+    sync: str, questions: int, tmp_path: Path
+) -> None:
+    """Workers ask for it in each step, of which every round has more than one."""
+    run, asked = Run(settings_for(sync, batch=4), tmp_path), itertools.count()
+    with pytest.raises(Interrupted):
+        run.live(lambda: 15 if next(asked) >= questions else 0)
+    assert next(asked) < questions + 10
+    run.live()
+    assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
+    if sync == "bsp":
+        whole = Run(settings_for(sync, batch=4))
+        whole.live()
+        assert torch.equal(run.model, whole.model)
 
 
 @pytest.mark.parametrize(("sync", "even_epochs"), [("bsp", 1), ("ssp", 2)])

@@ -8,8 +8,9 @@ Communication takes no virtual time.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from hpc_hdb.cluster.clock import Clock, Suspend
 from hpc_hdb.cluster.messages import Instruction, Order, OrderKind, Report, ReportKind
 from hpc_hdb.cluster.roles import SERVER
-from hpc_hdb.cluster.slices import Slices
+from hpc_hdb.cluster.slices import Slices, overlap, share_of_sum
 
 
 class Cluster(Protocol):
@@ -51,6 +52,8 @@ class VirtualCluster(Clock):
     slowness : sequence of float, length `workers`, optional
         Factor by which each worker takes longer than predicted; 1 by default.
     servers : int
+    signal_number : callable
+        The signal that asks to stop, 0 while there is none: no server runs while a worker trains.
 
     Attributes
     ----------
@@ -62,11 +65,15 @@ class VirtualCluster(Clock):
     """
 
     def __init__(
-        self, workers: int, slowness: Sequence[float] | None = None, servers: int = 1
+        self,
+        workers: int,
+        slowness: Sequence[float] | None = None,
+        servers: int = 1,
+        signal_number: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__()
         self.servers = servers
-        self.server = VirtualServerLink(self, workers)
+        self.server = VirtualServerLink(self, workers, signal_number)
         self.followers = [VirtualFollowerLink(self, rank) for rank in range(1, servers)]
         factors = slowness or [1.0] * workers
         self.workers = [
@@ -182,7 +189,7 @@ class _VirtualSliceLink:
     def __init__(self, cluster: Cluster, rank: int) -> None:
         self._cluster = cluster
         self._rank = rank
-        self._begin = 0
+        self._size = self._begin = 0
 
     @property
     def begin(self) -> int:
@@ -197,11 +204,16 @@ class _VirtualSliceLink:
         self._cluster.workers[worker - 1].pull(self._in_model(part), model[part])
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
+        workers = self._cluster.workers
         for part in self.parts:
-            first, *others = self._cluster.workers
-            out[part] = first.weighted(self._in_model(part))
-            for worker in others:
-                out[part] += worker.weighted(self._in_model(part))
+            for number in range(len(workers)):
+                share = share_of_sum(self._size, number, len(workers))
+                both = overlap(share, self._in_model(part))
+                if both.start < both.stop:
+                    # Open MPI's order, for all but small models: along a ring that ends here.
+                    ring = [*workers[number + 1 :], *workers[: number + 1]]
+                    total = functools.reduce(torch.add, (worker.weighted(both) for worker in ring))
+                    out[both.start - self._begin : both.stop - self._begin] = total
             yield part
 
     def broadcast(self, model: Tensor, part: slice) -> None:
@@ -213,7 +225,8 @@ class _VirtualSliceLink:
 
     def take_slice(self, model: Tensor) -> Tensor:
         """This server's slice of the whole `model`."""
-        slices = Slices(model.numel(), self._cluster.servers)
+        self._size = model.numel()
+        slices = Slices(self._size, self._cluster.servers)
         self._begin, end = slices.bounds(self._rank)
         self.parts = [
             slice(part.start - self._begin, part.stop - self._begin)
@@ -230,13 +243,21 @@ class VirtualServerLink(_VirtualSliceLink):
 
     patience = float("inf")
 
-    def __init__(self, cluster: Cluster, workers: int) -> None:
+    def __init__(
+        self, cluster: Cluster, workers: int, signal_number: Callable[[], int] = lambda: 0
+    ) -> None:
         super().__init__(cluster, SERVER)
         self.workers = workers
         self.servers = cluster.servers
-        self.is_interrupted = False
+        self._signal_number = signal_number
+        self._called_off = False
         self._inbox: deque[tuple[int, Report]] = deque()
         self._handed_in: list[tuple[Tensor, slice]] = []
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run is called off, or a signal asks for that."""
+        return self._called_off or self._signal_number() > 0
 
     def deliver(self, worker: int, report: Report) -> None:
         """Take a worker's report."""
@@ -289,7 +310,7 @@ class VirtualServerLink(_VirtualSliceLink):
         self._handed_in.clear()
 
     def interrupt(self) -> None:
-        self.is_interrupted = True
+        self._called_off = True
 
 
 class VirtualFollowerLink(_VirtualSliceLink):

@@ -10,8 +10,13 @@ import enum
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpc_hdb.errors import InfeasiblePlan
 from hpc_hdb.plan.batch_time import BatchTime
+
+_NEARLY = 1e-6
+"""In units of the last decimal of a time ratio."""
 
 
 class Group(enum.Enum):
@@ -113,15 +118,7 @@ def plan_dual_batch(
         return DualBatchPlan(workers, 0, large_batch, 0, share, 0, None, seconds)
     solved = _solve(time, large_batch, samples, workers, small_workers, time_ratio)
     if isinstance(solved, str):
-        found = _feasible_time_ratios(time, large_batch, samples, workers, small_workers)
-        if found is None:
-            advice = "no time_ratio works here; use more samples or fewer workers"
-        else:
-            lowest, highest = found
-            ratios = f"of {lowest:g}" if lowest == highest else f"from {lowest:g} to {highest:g}"
-            advice = f"use a time_ratio {ratios}"
-            if small_workers < workers:
-                advice += ", or more small_workers"
+        advice = _advice(time, large_batch, samples, workers, small_workers, time_ratio)
         raise InfeasiblePlan(f"no dual-batch plan: {solved}; {advice}")
     return solved
 
@@ -137,10 +134,12 @@ def _check_inputs(
         )
     if large_batch < 1:
         raise InfeasiblePlan(f"the large batch must be at least 1 image, not {large_batch}")
+    if samples < 1:
+        raise InfeasiblePlan(f"a plan needs at least 1 training sample, not {samples}")
     if samples < workers:
         raise InfeasiblePlan(
             f"{samples} training samples cannot be shared by {workers} workers: "
-            f"use at most {max(samples, 1)} workers, or more data"
+            f"use at most {samples} workers, or more data"
         )
     if not (time_ratio >= 1 and math.isfinite(time_ratio * samples)):
         raise InfeasiblePlan(f"time_ratio must be a number from 1 up, not {time_ratio:g}")
@@ -190,28 +189,76 @@ def _solve(
     )
 
 
+def _advice(
+    time: BatchTime,
+    large_batch: int,
+    samples: int,
+    workers: int,
+    small_workers: int,
+    time_ratio: float,
+) -> str:
+    """What would work instead of an infeasible plan."""
+    inputs = time, large_batch, samples, workers
+    ways = []
+    if ratios := _feasible_time_ratios(*inputs, small_workers):
+        ways.append(f"a time_ratio {_range(*ratios)}")
+    counts = [
+        count
+        for count in range(1, workers + 1)
+        if isinstance(_solve(*inputs, count, time_ratio), DualBatchPlan)
+    ]
+    if counts:
+        ways.append(f"small_workers {_range(counts[0], counts[-1])}")
+    if ways:
+        return f"use {', or '.join(ways)}"
+    none = f"no time_ratio works with {small_workers} small_workers"
+    for count in sorted(range(1, workers + 1), key=lambda count: abs(count - small_workers)):
+        if ratios := _feasible_time_ratios(*inputs, count):
+            return f"{none}; use {count} and a time_ratio {_range(*ratios)}"
+    return f"{none}, nor with another number but 0; use more samples or fewer workers"
+
+
+def _range(lowest: float, highest: float) -> str:
+    if lowest == highest:
+        return f"of {lowest:.10g}"
+    return f"from {lowest:.10g} to {highest:.10g}"
+
+
 def _feasible_time_ratios(
     time: BatchTime, large_batch: int, samples: int, workers: int, small_workers: int
 ) -> tuple[float, float] | None:
-    """Smallest and largest feasible ``k`` to three decimals; None if there is none.
+    """Smallest and largest feasible ``k``, to as few decimals as it takes; None if there is none.
 
-    Beyond ``n/n_L`` nothing is left for the small group; without large workers, beyond
-    ``(a + 2c)/(a + c/B_L)`` the small batch would round to 0. Rounded shares can make a plan
-    infeasible just above 1, so the range is scanned from both ends.
+    Each ``d_L``, with the ``d_S`` that goes with it, has an interval of ``k``: ``d_L`` must be what
+    ``k*D/n`` rounds to, and ``B_S`` round to a batch from 1 to ``B_L``.
     """
-    if small_workers < workers:
-        limit = workers / (workers - small_workers)
-    else:
-        limit = time.of_batch(1) + time.overhead
-        limit /= time.of_samples(1, large_batch)
-    steps = min(int((limit - 1) * 1000) + 1, 100_000)
-    ratios = [1 + step / 1000 for step in range(steps + 1)]
+    large_workers = workers - small_workers
+    even_share = samples / workers
+    large = np.array([round(even_share)])
+    if large_workers:
+        large = np.arange(large[0], samples // large_workers + 1)
+    small = np.rint((samples - large_workers * large) / small_workers)
+    fastest = time.of_samples(1, large_batch + 0.5)
+    slowest = time.of_samples(1, 0.5)
+    even_seconds = time.of_samples(even_share, large_batch)
+    lowest, highest = small * fastest / even_seconds, small * slowest / even_seconds
+    if large_workers:
+        lowest = np.maximum(lowest, (large - 0.5) / even_share)
+        highest = np.minimum(highest, (large + 0.5) / even_share)
+    lowest, highest = np.maximum(lowest, 1)[small > 0], highest[small > 0]
 
-    def feasible(time_ratio: float) -> bool:
-        solved = _solve(time, large_batch, samples, workers, small_workers, time_ratio)
-        return not isinstance(solved, str)
+    def solved(time_ratio: float) -> bool:
+        plan = _solve(time, large_batch, samples, workers, small_workers, time_ratio)
+        return isinstance(plan, DualBatchPlan)
 
-    lowest = next(filter(feasible, ratios), None)
-    if lowest is None:
-        return None
-    return lowest, next(filter(feasible, reversed(ratios)))
+    for decimals in range(3, 10):
+        scale = 10**decimals
+        # Nearly outside is tried as well as the next inside: a half is rounded to either side.
+        up = np.ceil(lowest * scale - _NEARLY)[:, np.newaxis] + [0, 1]
+        down = np.floor(highest * scale + _NEARLY)[:, np.newaxis] - [0, 1]
+        within = up[:, 0] <= down[:, 0]
+        first = next(filter(solved, (up[within] / scale).ravel().tolist()), None)
+        if first is not None:
+            last = filter(solved, (down[within][::-1] / scale).ravel().tolist())
+            return first, next(last, first)
+    return None

@@ -14,8 +14,10 @@ through a resume). Events by name:
   ``stage``, ``learning_rate`` (as the round began), ``resolution``, ``dropout``, ``batch``,
   ``pulled_at``
   (commit count of the model it started from), ``samples``, ``steps``, ``loss``, ``accuracy``
-  (while training), ``predicted_seconds``, and the seconds of the round: ``train_seconds`` by the
-  run's clock, ``real_seconds`` by the device's, and others
+  (while training), ``predicted_seconds``, the seconds of the round: ``train_seconds`` by the run's
+  clock, ``real_seconds`` by the device's, and others; and those of the first server since the
+  commit before: ``server_wait_seconds`` (while it did not evaluate either) and
+  ``server_communicate_seconds`` (moving and merging models)
 - ``evaluation``: ``commit``, ``epoch``, ``accuracy``, ``loss``, ``seconds``
 - ``checkpoint``: ``commit``, ``file``
 - ``slow_write``: ``file`` of a checkpoint that is still being written, and ``seconds`` since when
@@ -36,7 +38,7 @@ through a resume). Events by name:
 - ``leave``: ``worker``, ``group``, and the seconds since its last commit
 - ``resume``: ``commit``, ``seconds``; what was logged after that commit is void
 - ``interrupted``: ``signal``
-- ``end``: ``commit``, ``seconds``
+- ``end``: ``commit``, and the first server's seconds since that
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ _NEEDED = {
     "commit": ("commit", "worker", "group", "stage", "samples", "loss", "train_seconds"),
     "evaluation": ("commit", "epoch", "accuracy", "loss", "seconds"),
     "leave": ("worker", "group"),
+    "end": (),
     "left_out": ("file",),
     "resume": ("commit",),
     "start": (),

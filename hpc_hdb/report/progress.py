@@ -152,7 +152,7 @@ class Progress:
         self.note(result_lines(summary))
         self.console.print(measured_table(summary))
         self.console.print(role_table(summary))
-        self.note(f"run folder: {folder}\nplots and tables: hdb report {shlex.quote(str(folder))}")
+        self.note(f"run folder: {folder}")
 
     def _take_away(self, worker: int, trouble: str) -> None:
         """Remove the bar of a worker that is gone."""

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from dali_pipelines.shards import write_whole
 from hpc_hdb.errors import UserError
 from hpc_hdb.report.html import report_page
 from hpc_hdb.report.plots import plot_accuracy, plot_loss
@@ -102,8 +103,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Report:
     try:
         (output / "plots").mkdir(parents=True, exist_ok=True)
         for name, data in images.items():
-            paths[name].write_bytes(data)
-        page.write_text(report_page(runs, images), encoding="utf-8")
+            write_whole(paths[name], data)
+        write_whole(page, report_page(runs, images).encode())
     except OSError as error:
         raise UserError(
             f"cannot write the report into {output}: {error.strerror}; choose another --output"

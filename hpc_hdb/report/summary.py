@@ -39,7 +39,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         - ``stages``: see `_stages`
         - ``roles``: for each role its ``workers``, the mean seconds of one of them in each of
           `ACTIVITIES` and in none of them (``other``: starting up, rounds that an interruption
-          undid), in all (``wall``), and ``overhead``, the share of that not spent training
+          undid), in all (``wall``), and ``overhead``, the share of that not spent training;
+          ``server`` has the first server's ``wait``, ``communicate`` and ``evaluate`` alone
         - ``overhead``: that share over all workers
     """
     about = run_facts(events)
@@ -87,7 +88,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         for worker in workers.values():  # all ranks evaluate, and time that as waiting
             worker["evaluate"] = evaluating
             worker["wait"] = max(0.0, worker["wait"] - evaluating)
-    summary["roles"] = _roles(workers, about["servers"], evaluating)
+    summary["roles"] = _roles(workers, _server(events, about["servers"], evaluating))
     summary["overhead"] = _overhead(list(workers.values()))
     return summary
 
@@ -204,12 +205,20 @@ def _workers(events: Sequence[Event], virtual: bool) -> dict[int, dict[str, Any]
     return dict(workers)
 
 
-def _roles(
-    workers: dict[int, dict[str, Any]], servers: int, evaluating: float
-) -> dict[str, dict[str, Any]]:
-    roles: dict[str, dict[str, Any]] = {}
-    if servers:
-        roles["server"] = {"workers": servers, "evaluate": evaluating}
+def _server(events: Sequence[Event], servers: int, evaluating: float) -> dict[str, Any]:
+    """What `_roles` says of the servers: the seconds of the first; empty where there is none."""
+    if not servers:
+        return {}
+    role: dict[str, Any] = {"workers": servers, "evaluate": evaluating}
+    for activity in ("wait", "communicate"):
+        key = f"server_{activity}_seconds"
+        if known := [event[key] for event in events if key in event]:
+            role[activity] = sum(known)
+    return role
+
+
+def _roles(workers: dict[int, dict[str, Any]], server: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    roles = {"server": server} if server else {}
     for group in ("large", "small"):
         members = [worker for worker in workers.values() if worker["group"] == group]
         if members:

@@ -131,11 +131,12 @@ def result_lines(summary: dict[str, Any]) -> str:
     else:
         text += "not evaluated yet"
     if lost := summary.get("lost_workers"):
-        gone = format_count(len(set(lost)), "worker")
+        once = dict.fromkeys(lost)  # some are lost again after a resume, or a replacement
+        gone = format_count(len(once), "worker")
         text += f"\n{gone} of {summary['workers']} lost on the way: "
-        text += ", ".join(map(str, lost))
+        text += ", ".join(map(str, once))
     if replaced := summary.get("replaced_workers"):
-        text += f"; replaced: {', '.join(map(str, replaced))}"
+        text += f"; replaced: {', '.join(map(str, dict.fromkeys(replaced)))}"
     if files := summary.get("left_out"):
         text += f"\n{format_count(len(files), 'bad image')} left out: see summary.json"
     return text
@@ -179,8 +180,9 @@ def role_table(summary: dict[str, Any]) -> TextTable:
         rows.append(("  of it loading" if activity == "data" else name, *cells))
     shares = (f"{role['overhead']:.1%}" if "overhead" in role else "-" for role in roles.values())
     rows.append(("not training", *shares))
-    first = "first " if roles.get("server", {}).get("workers", 0) > 1 else ""
-    note = f"the {first}server evaluates beside the training"
+    note = "the server evaluates beside the training"
+    if roles.get("server", {}).get("workers", 0) > 1:
+        note = "the servers' times are those of the first, which evaluates beside the training"
     if "server" not in roles:
         note = "all ranks evaluate together, between epochs"
     if summary["mode"] == "virtual":

@@ -23,7 +23,7 @@ from hpc_hdb.report.progress import Progress
 from hpc_hdb.run.build import Place, image_name, make_evaluator, make_trainer
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import check_resumed_data, fit_sweeps, make_plan, time_sweeps
-from hpc_hdb.run.serve import serve
+from hpc_hdb.run.serve import catch_signals, serve
 from hpc_hdb.train.data import ImageSet
 from hpc_hdb.train.worker import run_worker
 
@@ -73,9 +73,11 @@ def lead(
     def drive(server: Coroutine[Any, Any, Tensor]) -> Tensor:
         return cluster.run(server, worker)
 
-    link, names = cluster.server, image_name(data, settings)
+    link, names, asked = cluster.server, image_name(data, settings), catch_signals()
     with results_in(folder.path, folder.check):
-        status = serve(settings, folder, plan, evaluator, link, progress, drive, "mpi", names)
+        status = serve(
+            settings, folder, plan, evaluator, link, progress, drive, "mpi", names, asked
+        )
     group.close()
     return status
 

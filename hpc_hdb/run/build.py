@@ -21,7 +21,7 @@ from hpc_hdb.train.data import EncodedImages, ImageSet, check_classes, open_data
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import make_loader, misses_dali
 from hpc_hdb.train.memory import room_for
-from hpc_hdb.train.model import build_model
+from hpc_hdb.train.model import build_model, check_resolution
 from hpc_hdb.train.recalibrate import Recalibration
 from hpc_hdb.train.trainer import Trainer
 
@@ -214,9 +214,18 @@ def image_name(data: ImageSet, settings: Settings) -> Callable[[int], str]:
 
 
 def make_model(settings: Settings, classes: int, device: torch.device) -> nn.Module:
-    """The model; a function of the user's that raises becomes a UserError which says where."""
+    """The model; raises UserError where it cannot be made, or not take the schedule's images.
+
+    What a function of the user's raises becomes one which says where.
+    """
+    name = settings.model.name
+    given, advice = "", "mend it, or choose another model"
     try:
         model = build_model(settings.model, classes)
+        advice = "set schedule.resolutions to what it takes, or choose another model"
+        for side in sorted({stage.resolution for stage in settings.schedule.stages()}):
+            given = f" for images of {side}x{side}"
+            check_resolution(model, name, side, classes)
     except UserError:
         raise
     except Exception as error:
@@ -225,10 +234,7 @@ def make_model(settings: Settings, classes: int, device: torch.device) -> nn.Mod
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f" ({last.filename}, line {last.lineno})"
         raise UserError(
-            f"model.name = '{settings.model.name}' raised {type(error).__name__}: {error}{where}: "
-            "mend it, or choose another model"
+            f"model.name = '{name}' raised {type(error).__name__}{given}: {error}{where}: {advice}"
         ) from None
-    with room_for(
-        f"model.name = '{settings.model.name}'", device, "choose a smaller model, or a free device"
-    ):
+    with room_for(f"model.name = '{name}'", device, "choose a smaller model, or a free device"):
         return model.to(device)

@@ -16,7 +16,8 @@ from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.run.lock import FolderLock
 
-_OF_A_RUN = ("config.toml", "plan.json", "events.jsonl", "checkpoint", "model.pt")
+_OF_A_RUN = ("config.toml", "events.jsonl", "checkpoint", "model.pt")
+"""What only a run leaves that can be gone on with: `RunFolder.begin` writes config.toml last."""
 
 _ADVICE = {
     errno.ENOSPC: "make room there",

@@ -51,7 +51,7 @@ from hpc_hdb.run.planning import (
     time_sweeps,
 )
 from hpc_hdb.run.replacement import hindrance, recruiter
-from hpc_hdb.run.serve import STOP_SIGNALS, has_finished, serve
+from hpc_hdb.run.serve import STOP_SIGNALS, catch_signals, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
@@ -124,6 +124,7 @@ def _run(
     plan = folder.read_plan(settings.plan.time_ratio)
     if plan is not None:
         check_resumed_ranks(plan, settings, comm.size, folder)
+    _check_threads(settings)
     workers = _workers(comm.size, settings)
     own = settings
     if data_copy is not None:
@@ -162,10 +163,13 @@ def _run(
         progress.note(f"server.replacements: lost workers will not be replaced; {reason}")
     recruit = None if reason else recruiter(job)
     link = MpiServerLink(split.links, servers, recruit, split.partners)
+    asked = catch_signals()
     with results_in(folder.path, folder.check):
         name = image_name(data, settings)
         try:
-            status = serve(settings, folder, plan, evaluator, link, progress, complete, "mpi", name)
+            status = serve(
+                settings, folder, plan, evaluator, link, progress, complete, "mpi", name, asked
+            )
         except MPI.Exception as error:
             raise_unless_failure(error)
             raise UserError(_lost_rank(comm, servers, folder.path)) from None
@@ -251,6 +255,20 @@ def _worker(
         complete(run_worker(link, trainer, settings.server.synchronous, keep, kept))
     if group is not None:
         group.close()
+
+
+def _check_threads(settings: Settings) -> None:
+    """Raise UserError where ranks that hang are to be ended, and MPI takes calls of one thread.
+
+    A worker in a collective call that one of them holds up is got out of it by another thread.
+    """
+    drops = settings.server.sync == "bsp" and settings.server.silent_worker == "drop"
+    if drops and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise UserError(
+            'server.silent_worker = "drop" in BSP needs an MPI library with full thread support '
+            "(MPI_THREAD_MULTIPLE), which this one lacks or was started without: leave "
+            'MPI4PY_RC_THREAD_LEVEL unset, load an MPI built with threads, or set it to "report"'
+        )
 
 
 def _workers(ranks: int, settings: Settings) -> int:

@@ -30,7 +30,7 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
     settings : Settings
     bound : int or None
         Largest batch to try. By default a GPU is searched up to what its memory holds, and a
-        CPU up to the configured large batch (256 where there is none).
+        CPU up to the configured large batch, or 256 where that is larger or there is none.
     output : Path
         The timing.json to write.
 
@@ -58,7 +58,7 @@ def profile_device(settings: Settings, bound: int | None, output: Path) -> dict[
     for stage in settings.schedule.stages():
         if stage.resolution in timings:
             continue
-        default = stage.large_batch or _BOUND_ON_CPU
+        default = min(stage.large_batch or _BOUND_ON_CPU, _BOUND_ON_CPU)
         if place.device.type == "cuda":
             default = _BOUND_ON_GPU
         trainer = make_trainer(settings, data, place.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shlex
 import signal
 from collections.abc import Callable, Coroutine
 from importlib import metadata
@@ -50,6 +51,7 @@ def serve(
     drive: Drive,
     mode: str,
     image_name: Callable[[int], str],
+    signal_number: Callable[[], int],
 ) -> int:
     """Run the root server to the end of training.
 
@@ -62,6 +64,8 @@ def serve(
         the loop.
     image_name : callable
         Where a sample's training image is, to name bad ones.
+    signal_number : callable
+        What `catch_signals` returned.
 
     Returns
     -------
@@ -94,7 +98,6 @@ def serve(
     log = EventLog(folder.path / "events.jsonl", lambda: before + link.now())
     log.listen(progress.show)
     log.listen(lambda _: folder.check())
-    received = _catch_signals()
     evaluator.parameters.to_wire()
     server = ParameterServer(
         link,
@@ -104,7 +107,7 @@ def serve(
         evaluator,
         log.emit,
         folder.checkpoints,
-        lambda: received[-1] if received else 0,
+        signal_number,
         image_name,
         inline=mode == "virtual" or settings.server.sync == "allreduce",
     )
@@ -126,7 +129,7 @@ def serve(
         return 128 + interruption.signal_number
     finally:
         progress.close()
-    log.emit("end", {"commit": server.commits})
+    log.emit("end", {"commit": server.commits} | server.own_seconds())
     log.close()
     evaluator.load(model)
     write_sealed(folder.model, evaluator.parameters.state_dict())
@@ -135,7 +138,25 @@ def serve(
     # All but what the newest checkpoint goes on with, should this model be lost.
     drop_worker_states(folder.checkpoints, server.saved)
     progress.end(summary, folder.path)
+    _report(folder.path, settings.run.report, progress.note)
     return 0
+
+
+def _report(run: Path, wanted: bool, note: Callable[[str], None]) -> None:
+    """Write the report of a finished run if it is wanted; say where it is, or how to have it."""
+    again = f"hdb report {shlex.quote(str(run))}"
+    if not wanted:
+        note(f"plots and tables: {again}")
+        return
+    try:
+        from hpc_hdb.report.report import write_report  # imports matplotlib
+
+        page = write_report([run]).page
+    except Exception as error:  # the run has finished, whatever happens here
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        note(f"no report was written ({reason}): {again}")
+    else:
+        note(f"plots and tables: {page}")
 
 
 def has_finished(folder: RunFolder, progress: Progress) -> bool:
@@ -152,12 +173,12 @@ def _last_evaluated(folder: RunFolder) -> int:
     return max((event["commit"] for event in log if event["event"] == "evaluation"), default=0)
 
 
-def _catch_signals() -> list[int]:
-    """A list that fills with the signals that ask this run to stop."""
-    received: list[int] = []
+def catch_signals() -> Callable[[], int]:
+    """From now on, catch the signals that ask this run to stop; says which came, 0 for none."""
+    received = [0]
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: received.append(number))
-    return received
+    return lambda: received[-1]
 
 
 def _about(

@@ -28,7 +28,7 @@ from hpc_hdb.run.planning import (
     sweeps,
     time_sweeps,
 )
-from hpc_hdb.run.serve import has_finished, serve
+from hpc_hdb.run.serve import catch_signals, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
@@ -90,7 +90,8 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     else:
         check_resumed_data(plan, len(data.labels))
     servers = max(1, settings.server.server_ranks)
-    cluster = VirtualCluster(plan.shares.workers, servers=servers)
+    asked = catch_signals()
+    cluster = VirtualCluster(plan.shares.workers, servers=servers, signal_number=asked)
     trainers = [make_trainer(settings, data, place.device) for _ in cluster.workers]
     synchronous = settings.server.synchronous
     keep = folder.checkpoints if settings.train.keep_momentum else None
@@ -109,4 +110,6 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
         folder.begin(settings, plan)
     link, names = cluster.server, image_name(data, settings)
     with results_in(folder.path, folder.check):
-        return serve(settings, folder, plan, evaluator, link, progress, drive, "virtual", names)
+        return serve(
+            settings, folder, plan, evaluator, link, progress, drive, "virtual", names, asked
+        )

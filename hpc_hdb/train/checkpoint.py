@@ -232,8 +232,9 @@ def _load(path: Path, signature: str) -> Checkpoint:
         raise DamagedFile(f"it is that of commit {checkpoint.rounds['commits']}")
     if checkpoint.signature != signature:
         raise UserError(
-            f"checkpoint {path} belongs to another model: set model and data as in "
-            f"{path.parent.parent / 'config.toml'}"
+            f"checkpoint {path} belongs to another model than {path.parent.parent / 'config.toml'} "
+            "makes now: undo what has changed since (settings, the model's code, the data's "
+            "classes), or start a new run"
         )
     return checkpoint
 

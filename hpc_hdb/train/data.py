@@ -116,7 +116,7 @@ class EncodedImages(ABC):
     def bad_image(self, index: int, side: int, error: DecodeError) -> BadImage:
         """What to tell of an image that cannot be decoded."""
         where = self.name(index, side)
-        return BadImage(f"cannot decode {where}: {error}; replace or remove the file")
+        return BadImage(f"cannot decode {where}: {error}; bring a good copy of it")
 
 
 @dataclass
@@ -342,10 +342,12 @@ def _torchvision_cifar(settings: Data, split: Split, download: bool) -> ImageArr
     try:
         data = maker(str(settings.path), train=split == "train", download=download)
     except Exception as error:  # the download raises what its transport raises
+        missing = f"not in {settings.path}, or corrupted: let hdb train download it,"
+        if download:
+            missing = f"neither in {settings.path} nor can it be downloaded ({error}):"
         raise UserError(
-            f"{settings.source} is neither in {settings.path} nor can it be downloaded "
-            f"({error}): put torchvision's {maker.base_folder} there, or bring the images as a "
-            "folder (data.source=folder)"
+            f"{settings.source} is {missing} put torchvision's {maker.base_folder} there, or bring "
+            "the images as a folder (data.source=folder)"
         ) from None
     finally:
         socket.setdefaulttimeout(patience)

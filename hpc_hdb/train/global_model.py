@@ -11,7 +11,8 @@ the root knows that no server has lost the worker meanwhile, and says so with it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -174,6 +175,11 @@ class GlobalModel:
     optimizer : ServerOptimizer
     pace : callable
         Asked, before a version is made, what `optimizer` must know of it.
+
+    Attributes
+    ----------
+    communicate_seconds : float
+        Seconds spent moving and merging models; the caller may reset it.
     """
 
     def __init__(
@@ -185,6 +191,7 @@ class GlobalModel:
         pace: Callable[[], Pace] = Pace,
     ) -> None:
         self.initial = initial
+        self.communicate_seconds = 0.0
         self._link = link
         self._merge = merge
         self._optimizer = optimizer
@@ -250,7 +257,8 @@ class GlobalModel:
         if kept not in self._collected:
             whole = self._whole[kept].spare()
             self._instruct(Instruction(InstructionKind.COLLECT, kept=kept))
-            await self._link.collect(self._own.kept[kept].current, whole)
+            with self._timed():
+                await self._link.collect(self._own.kept[kept].current, whole)
             self._whole[kept].publish(whole)
             self._collected.add(kept)
         return self._whole[kept].hold()
@@ -303,7 +311,16 @@ class GlobalModel:
 
     async def _carry_out(self, instruction: Instruction) -> None:
         self._instruct(instruction)
-        await self._own.carry_out(instruction)
+        with self._timed():
+            await self._own.carry_out(instruction)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = self._link.now()
+        try:
+            yield
+        finally:
+            self.communicate_seconds += self._link.now() - start
 
     def _instruct(self, instruction: Instruction) -> None:
         instruction.undo, self._undo = int(self._undo), False

@@ -28,7 +28,7 @@ def build_model(settings: Model, classes: int) -> nn.Module:
     Raises
     ------
     UserError
-        If there is no such model, or it has no linear classifier.
+        If there is no such model, or it has no classifier to put dropout before.
     """
     if ":" in settings.name:
         model = _users_model(settings.name, classes)
@@ -45,12 +45,36 @@ def build_model(settings: Model, classes: int) -> nn.Module:
             )
             hint = f"did you mean '{near[0]}'?" if near else f"choose {choice}"
             raise UserError(f"model.name: there is no '{settings.name}'; {hint}")
-        model = torchvision.models.get_model(settings.name, weights=None, num_classes=classes)
+        # The auxiliary classifiers would be sent with every commit, and no loss trains them.
+        more = {"aux_logits": False} if settings.name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(
+            settings.name, weights=None, num_classes=classes, **more
+        )
         if settings.stem == "small" and isinstance(model, torchvision.models.ResNet):
             model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
             model.maxpool = nn.Identity()
     _insert_dropout(model, settings.name)
     return model
+
+
+@torch.no_grad()
+def check_resolution(model: nn.Module, name: str, resolution: int, classes: int) -> None:
+    """Raise UserError where `model` does not turn such images into one score for each class.
+
+    What it raises itself comes through. Only what evaluation does too is done with it: neither
+    its statistics nor the random numbers of its dropout move on.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    scores = model(torch.zeros(2, 3, resolution, resolution, device=device))
+    model.train()
+    shape = getattr(scores, "shape", None)
+    if shape != (2, classes):
+        got = type(scores).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+        raise UserError(
+            f"model '{name}' gives {got} for 2 images, not a tensor of shape (2, {classes}): "
+            "its last layer needs one output for each class (num_classes)"
+        )
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
@@ -84,17 +108,25 @@ class ClassifierDropout(nn.Dropout):
 
 
 def _insert_dropout(model: nn.Module, name: str) -> None:
-    """Put a `ClassifierDropout` before the last linear layer, in place of a dropout there."""
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UserError(f"model '{name}' has no linear classifier to put dropout before")
-    parent_path, _, child = linear[-1].rpartition(".")
-    parent = model.get_submodule(parent_path)
-    before = str(int(child) - 1) if isinstance(parent, nn.Sequential) and child.isdigit() else ""
-    if before and isinstance(parent.get_submodule(before), nn.Dropout):
-        setattr(parent, before, ClassifierDropout(0.0))
-    else:
-        setattr(parent, child, nn.Sequential(ClassifierDropout(0.0), parent.get_submodule(child)))
+    """Put a `ClassifierDropout` before the last linear layer, in place of a dropout there.
+
+    Where none is linear, as in SqueezeNet: in place of a dropout before the last convolution.
+    """
+    for kind in (nn.Linear, nn.Conv2d):
+        layers = [path for path, module in model.named_modules() if isinstance(module, kind)]
+        if not layers:
+            continue
+        parent_path, _, child = layers[-1].rpartition(".")
+        parent = model.get_submodule(parent_path)
+        in_order = isinstance(parent, nn.Sequential) and child.isdigit()
+        before = str(int(child) - 1) if in_order else ""
+        if in_order and isinstance(getattr(parent, before, None), nn.Dropout):
+            setattr(parent, before, ClassifierDropout(0.0))
+            return
+        if kind is nn.Linear:
+            setattr(parent, child, nn.Sequential(ClassifierDropout(0.0), getattr(parent, child)))
+            return
+    raise UserError(f"model '{name}' has no linear classifier to put dropout before")
 
 
 def _users_model(name: str, classes: int) -> nn.Module:

@@ -21,7 +21,7 @@ from hpc_hdb.cluster.roles import group_of
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
-from hpc_hdb.train.checkpoint import Checkpoint
+from hpc_hdb.train.checkpoint import Checkpoint, has_checkpoint
 from hpc_hdb.train.crew import Crew
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.global_model import GlobalModel
@@ -103,6 +103,7 @@ class ParameterServer:
         self._image_name = image_name
         self._silent: set[int] = set()
         self._listened = 0.0
+        self._wait_seconds = 0.0
         self._to_answer: set[int] = set()
         self._answered: set[int] = set()
         self._regroup = False
@@ -156,6 +157,15 @@ class ParameterServer:
     def saved(self) -> Mapping[int, int]:
         """Commits of each worker in the newest checkpoint."""
         return self._snapshots.saved
+
+    def own_seconds(self) -> dict[str, float]:
+        """Seconds that this server has waited and communicated since this was last asked."""
+        seconds = {
+            "server_wait_seconds": round(self._wait_seconds, 6),
+            "server_communicate_seconds": round(self._model.communicate_seconds, 6),
+        }
+        self._wait_seconds = self._model.communicate_seconds = 0.0
+        return seconds
 
     async def run(self) -> Tensor:
         """Serve until training ends.
@@ -219,7 +229,7 @@ class ParameterServer:
             self._uncount_commit(worker, order)
             self._work.give_back(order)
         else:
-            self._emit("commit", event)
+            self._emit("commit", event | self.own_seconds())
             self._announce_stage()
 
     async def _serve_bulk_synchronously(self) -> None:
@@ -260,7 +270,7 @@ class ParameterServer:
                 self._regroup = False
                 self._crew.lacking.clear()
                 for event in events:
-                    self._emit("commit", event)
+                    self._emit("commit", event | self.own_seconds())
                 return
             for worker in commits:
                 self._uncount_commit(worker, self._crew.order_of(worker))
@@ -385,12 +395,17 @@ class ParameterServer:
             if self._signal_number():
                 raise Interrupted(self._signal_number())
             self._watch()
+            start = self._link.now()
             item = await self._link.next_report(_POLL_SECONDS)
             self._listened = self._link.now()
+            if not self._snapshots.evaluating:
+                self._wait_seconds += self._listened - start
             if item is None:
                 continue
             worker, report = item
             self._note(worker, report)
+            if report.kind == ReportKind.LEAVE and self._signal_number():
+                continue  # it has heard of the signal by itself, and left a round undone
             if report.kind not in (ReportKind.PROGRESS, ReportKind.LEFT_OUT):
                 return worker, report
 
@@ -431,11 +446,14 @@ class ParameterServer:
         self._crew.dismiss(worker)
         self._emit("dropped", {"commit": self._book.commits, "worker": worker} | where)
         if not self._crew.active:
+            before = ""
+            if self._checkpoints is not None and has_checkpoint(self._checkpoints):
+                before = "; the checkpoints written before are good"
             raise UserError(
                 f"training diverged (loss or weights no longer finite) in epoch {order.epoch}, "
                 f"stage {order.stage} (learning rate {order.learning_rate:g}, "
                 f"{order.resolution}x{order.resolution}), on every worker: lower "
-                "schedule.learning_rate and start again; the checkpoints written before are good"
+                f"schedule.learning_rate and start again{before}"
             )
         if not self._settings.server.synchronous:  # else it takes part in reductions, with nothing
             self._stop({worker})

@@ -93,6 +93,11 @@ class Snapshots:
         self._evaluated = evaluated
         self._next_evaluation = self._evaluation_after(self._book.epoch_at(evaluated))
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation is under way beside the loop."""
+        return self._evaluations.busy
+
     def poll(self) -> None:
         """Finish what has ended meanwhile. Raises what it raised."""
         self._evaluations.poll()

@@ -25,18 +25,11 @@ class Tiny(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(maps, 4).flatten(1))
 
 
-class Heavy(Tiny):
-    """With parameters that nothing uses: to write it down takes longer than to train it."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes)
-        self.ballast = nn.Parameter(torch.zeros(2_000_000))
-
-
 class Watched(Tiny):
     """Writes what each training step is given to ``$WATCH/RANK``.
 
-    Rank $SLOW takes $SLOW_SECONDS more, in a Slurm job only in its first $SLOW_LIVES lives.
+    Rank $SLOW takes $SLOW_SECONDS more, in a Slurm job only in its first $SLOW_LIVES lives; a batch
+    that is evaluated $SLOW_EVALUATION more.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -52,7 +45,17 @@ class Watched(Tiny):
         hurried = lives > int(os.environ.get("SLOW_LIVES", lives))
         if self.training and rank and rank == os.environ.get("SLOW") and not hurried:
             time.sleep(float(os.environ.get("SLOW_SECONDS", "0.03")))
+        if not self.training and len(images) > 2:
+            time.sleep(float(os.environ.get("SLOW_EVALUATION", "0")))
         return super().forward(images)
+
+
+class Heavy(Watched):
+    """With parameters that nothing uses: to write it down takes longer than to train it."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.ballast = nn.Parameter(torch.zeros(2_000_000))
 
 
 class Plain(Watched):

@@ -31,6 +31,7 @@ class Kind:
     keep_momentum: bool = True
     slow_rank: int = 0
     servers: int = 1
+    model: str = "watched"
 
     @property
     def workers(self) -> int:
@@ -43,7 +44,7 @@ class Kind:
     def settings(self, data: Path, output: Path, **more: object) -> list[str]:
         values = {
             "data.path": data,
-            "model.name": "models:watched",
+            "model.name": f"models:{self.model}",
             "plan.workers": self.workers,
             "plan.small_workers": self.small_workers,
             "schedule.epochs": EPOCHS,
@@ -62,8 +63,10 @@ KINDS = {
     "asp-1": Kind("asp", 2, 0, 1),
     "asp-3": Kind("asp", 4, 1, 3, slow_rank=1),
     "ssp-4": Kind("ssp", 5, 2, 3, slow_rank=1),
+    "bsp-1": Kind("bsp", 2, 0, 2),
     "bsp-2": Kind("bsp", 3, 1, 3),
     "bsp-3": Kind("bsp", 4, 1, 1, keep_momentum=False),
+    "bsp-4": Kind("bsp", 5, 2, 1, model="heavy"),
     "ssp-3 on 2": Kind("ssp", 5, 1, 2, slow_rank=2, servers=2),
     "bsp-2 on 3": Kind("bsp", 5, 1, 3, servers=3),
 }
