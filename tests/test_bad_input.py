@@ -75,11 +75,16 @@ def test_a_gpu_that_is_not_there_is_asked_for(here: Path) -> None:
     refused(*SIMULATE, *sets("train.device=cuda"), told="torch sees no GPU here", cwd=here)
 
 
+def leading(folder: Path) -> str:
+    """A PYTHONPATH in which modules in `folder` go before all others."""
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def test_dali_that_is_not_installed_is_named(here: Path) -> None:
     (here / "nvidia").mkdir()
     (here / "nvidia" / "__init__.py").touch()  # a package that goes before DALI's
     told = "DALI is not installed: pip install 'hpc-hdb[dali]', or set data.loader to \"torch\""
-    refused(*SIMULATE, *sets("data.loader=dali"), told=told, cwd=here, PYTHONPATH=str(here))
+    refused(*SIMULATE, *sets("data.loader=dali"), told=told, cwd=here, PYTHONPATH=leading(here))
 
 
 @pytest.mark.parametrize("words", [["train", "nosuch"], ["train", "digits", "--nosuch"]])
@@ -182,7 +187,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(here: Path) -> None:
     (here / "matplotlib").mkdir()
     (here / "matplotlib" / "__init__.py").write_text("raise ImportError('no matplotlib here')")
     words = sets("run.report=true")
-    done = run(*SIMULATE, *words, cwd=here, PYTHONPATH=f"{here}:{os.environ.get('PYTHONPATH', '')}")
+    done = run(*SIMULATE, *words, cwd=here, PYTHONPATH=leading(here))
     assert (done.returncode, done.stderr) == (0, "")
     last = "no report was written (no matplotlib here): hdb report out"
     assert done.stdout.rstrip().split("\n")[-1] == last

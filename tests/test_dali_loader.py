@@ -236,7 +236,7 @@ def to_gif(path: Path) -> None:
 BREAKAGES: list[tuple[Callable[[Path], None], str]] = [
     (truncate, "truncated"),
     (write_text, "not an image"),
-    (corrupt, "replace or remove the file"),
+    (corrupt, "bring a good copy of it"),
     (lambda path: path.write_bytes(b""), "not an image"),
     (to_gif, 'data.loader to "torch"'),
     (Path.unlink, "vanished"),

@@ -526,7 +526,7 @@ def test_a_damaged_image_is_named(
     assert line.startswith(f"cannot decode {path}: ")
     assert told in line.lower()
     assert "\n" not in line
-    assert line.endswith("; replace or remove the file")
+    assert line.endswith("; bring a good copy of it")
 
 
 def test_an_image_that_has_vanished_is_named(tmp_path: Path) -> None:
