@@ -215,7 +215,9 @@ def _follower(
     servers = settings.server.servers
     split = split_workers(comm, servers, settings.server.ranks_per_worker)
     if sizes:
-        comm.Reduce(np.zeros(sum(map(len, sizes.values()))), None, MPI.SUM, SERVER)
+        for _ in sizes:
+            _meet(comm)
+        _sum_at_root(comm, np.zeros(sum(map(len, sizes.values()))))
     link = MpiFollowerLink(split.links, servers, settings.server.patience)
     optimizer = ServerOptimizer.of(settings.server)
     complete(follow_root(link, MERGES[settings.server.merge], optimizer))
@@ -239,8 +241,12 @@ def _worker(
     if split.group is not None:
         group = RankGroup(split.group, place.device, f"server.ranks_per_worker = {shared}")
     if sizes:
-        seconds = time_sweeps(make_trainer(settings, data, place.device, group), sizes)
-        comm.Reduce(np.array(seconds), None, MPI.SUM, SERVER)
+        trainer = make_trainer(settings, data, place.device, group)
+        seconds = []
+        for side, batches in sizes.items():
+            _meet(comm)
+            seconds += time_sweeps(trainer, {side: batches})
+        _sum_at_root(comm, np.array(seconds))
     link: WorkerLink
     if group is None:
         link = MpiWorkerLink(split.links, servers, settings.server.patience)
@@ -321,9 +327,25 @@ def _measure(
     comm: MPI.Intracomm, sizes: dict[int, list[int]], workers: int
 ) -> dict[int, BatchTime]:
     """The time model, averaged over the workers, all of which measure at the same time."""
+    for _ in sizes:
+        _meet(comm)
     seconds = np.zeros(sum(map(len, sizes.values())))
-    comm.Reduce(MPI.IN_PLACE, seconds, MPI.SUM, SERVER)
-    return fit_sweeps(sizes, list(seconds / workers))
+    return fit_sweeps(sizes, list(_sum_at_root(comm, seconds) / workers))
+
+
+def _meet(comm: MPI.Intracomm) -> None:
+    """Wait for all ranks: those that share cores begin to measure a resolution together.
+
+    One that is early would find them free, as they will not be in the run.
+    """
+    wait_until(comm.Ibarrier().Test)
+
+
+def _sum_at_root(comm: MPI.Intracomm, seconds: np.ndarray) -> np.ndarray:
+    """The sum over all ranks, at rank 0; to wait takes no core from those that still measure."""
+    total = np.zeros_like(seconds)
+    wait_until(comm.Ireduce(seconds, total, MPI.SUM, SERVER).Test)
+    return total
 
 
 def _broadcast_json(comm: MPI.Intracomm, value: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import time
@@ -35,13 +34,13 @@ def sweep_sizes(largest: int) -> list[int]:
 
 
 def measure_steps(
-    trainer: Trainer, resolution: int, sizes: list[int], seconds: float = 0.3, repeats: int = 3
+    trainer: Trainer, resolution: int, sizes: list[int], seconds: float = 0.6, repeats: int = 4
 ) -> list[float]:
-    """Median time of a whole step, loading included, at each batch size.
+    """Time of a whole step, loading included, at each batch size: the median of its turns' means.
 
     The sizes take turns, so that a disturbance of the machine falls on all of them. The first
-    half of a turn, slower after another size's steps, does not count: a round has one size. On a
-    GPU the median is over the turns' means.
+    half of a turn, slower after another size's steps, does not count: a round has one size. It is
+    means, since ranks that share cores interrupt some steps and not others, and an epoch has both.
 
     Parameters
     ----------
@@ -61,33 +60,33 @@ def measure_steps(
     trainer.model.train()
     times: list[list[float]] = [[] for _ in sizes]
     # The first step ever also sets up memory and kernels, so the second one gives the guess.
-    guesses = [_timed_steps(trainer, resolution, size, 1)[0] for size in sizes]
+    guesses = [_mean_step(trainer, resolution, size, 1) for size in sizes]
     counts = [max(1, round(seconds / repeats / guess)) for guess in trainer.settle(guesses)]
     for _ in range(repeats):
-        for size, count, spent in zip(sizes, counts, times, strict=True):
-            spent += _timed_steps(trainer, resolution, size, count)
-    return [statistics.median(spent) for spent in times]
+        for size, count, turns in zip(sizes, counts, times, strict=True):
+            turns.append(_mean_step(trainer, resolution, size, count))
+    return [statistics.median(turns) for turns in times]
 
 
-def _timed_steps(trainer: Trainer, resolution: int, size: int, count: int) -> list[float]:
-    """Seconds of each of `count` steps, after as many that do not count.
+def _mean_step(trainer: Trainer, resolution: int, size: int, count: int) -> float:
+    """Mean seconds of `count` steps, one after another, behind as many that do not count.
 
-    On a GPU only their mean: there the loader and Python run ahead of it, as in training.
+    As in training nobody waits for a GPU in between: the loader and Python run ahead of it.
     """
-    on_gpu = trainer.device.type == "cuda"
     batches = trainer.sample_batches(resolution, [size] * (2 * count), seed=0)
+    start = 0.0
+    for number, (images, labels) in enumerate(batches):
+        trainer.step(images, labels, size)
+        if number == count - 1:
+            _wait_for(trainer.device)
+            start = time.perf_counter()
+    _wait_for(trainer.device)
+    return (time.perf_counter() - start) / count
 
-    def mean_of(steps: int) -> float:
-        start = time.perf_counter()
-        for images, labels in itertools.islice(batches, steps):
-            trainer.step(images, labels, size)
-        if on_gpu:
-            torch.cuda.synchronize(trainer.device)
-        return (time.perf_counter() - start) / steps
 
-    steps = count if on_gpu else 1
-    spent = [mean_of(steps) for _ in range(2 * count // steps)]
-    return spent[len(spent) // 2 :]
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
@@ -115,7 +114,7 @@ def fits_device(trainer: Trainer, resolution: int, size: int) -> bool:
     """Whether a training step of that batch fits the device's memory, and its kernels' limits."""
     fits = True
     try:
-        _timed_steps(trainer, resolution, size, 1)
+        _mean_step(trainer, resolution, size, 1)
     except (RuntimeError, MemoryError) as error:
         # Tensors of 2^31 elements fail in many ways. The smallest batch, which is tried first,
         # has none: what it raises is an error of the model's.
