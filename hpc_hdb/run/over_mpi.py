@@ -28,7 +28,7 @@ from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.roles import SERVER, check_roles, count_workers
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, TrainingPlan
+from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.run.all_reduce import follow, lead
 from hpc_hdb.run.build import (
@@ -56,6 +56,7 @@ from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.server_optimizer import ServerOptimizer
+from hpc_hdb.train.trainer import Trainer
 from hpc_hdb.train.worker import run_worker
 
 _STATUS = 20
@@ -153,7 +154,7 @@ def _run(
     evaluator = make_evaluator(settings, place.device, data.classes)
     if sizes:
         progress.note("measuring batch times ...")
-        timing = _measure(comm, sizes, comm.size - servers)
+        timing = fit_sweeps(sizes, list(_sum_of_sweeps(comm, sizes) / (comm.size - servers)))
     if plan is None:
         plan = make_plan(settings, workers, len(data.labels), timing or {})
         folder.begin(own, plan)
@@ -215,9 +216,7 @@ def _follower(
     servers = settings.server.servers
     split = split_workers(comm, servers, settings.server.ranks_per_worker)
     if sizes:
-        for _ in sizes:
-            _meet(comm)
-        _sum_at_root(comm, np.zeros(sum(map(len, sizes.values()))))
+        _sum_of_sweeps(comm, sizes)
     link = MpiFollowerLink(split.links, servers, settings.server.patience)
     optimizer = ServerOptimizer.of(settings.server)
     complete(follow_root(link, MERGES[settings.server.merge], optimizer))
@@ -241,12 +240,7 @@ def _worker(
     if split.group is not None:
         group = RankGroup(split.group, place.device, f"server.ranks_per_worker = {shared}")
     if sizes:
-        trainer = make_trainer(settings, data, place.device, group)
-        seconds = []
-        for side, batches in sizes.items():
-            _meet(comm)
-            seconds += time_sweeps(trainer, {side: batches})
-        _sum_at_root(comm, np.array(seconds))
+        _sum_of_sweeps(comm, sizes, make_trainer(settings, data, place.device, group))
     link: WorkerLink
     if group is None:
         link = MpiWorkerLink(split.links, servers, settings.server.patience)
@@ -323,28 +317,20 @@ def _place(comm: MPI.Intracomm, settings: Settings) -> Place:
     return place
 
 
-def _measure(
-    comm: MPI.Intracomm, sizes: dict[int, list[int]], workers: int
-) -> dict[int, BatchTime]:
-    """The time model, averaged over the workers, all of which measure at the same time."""
-    for _ in sizes:
-        _meet(comm)
-    seconds = np.zeros(sum(map(len, sizes.values())))
-    return fit_sweeps(sizes, list(_sum_at_root(comm, seconds) / workers))
+def _sum_of_sweeps(
+    comm: MPI.Intracomm, sizes: dict[int, list[int]], trainer: Trainer | None = None
+) -> np.ndarray:
+    """At rank 0 the seconds of each step, added up over the ranks that have a trainer.
 
-
-def _meet(comm: MPI.Intracomm) -> None:
-    """Wait for all ranks: those that share cores begin to measure a resolution together.
-
-    One that is early would find them free, as they will not be in the run.
+    All begin with a resolution together: a worker that is early would find cores free that it
+    shares, as they will not be in the run. Nor does waiting take a core from those that measure.
     """
-    wait_until(comm.Ibarrier().Test)
-
-
-def _sum_at_root(comm: MPI.Intracomm, seconds: np.ndarray) -> np.ndarray:
-    """The sum over all ranks, at rank 0; to wait takes no core from those that still measure."""
-    total = np.zeros_like(seconds)
-    wait_until(comm.Ireduce(seconds, total, MPI.SUM, SERVER).Test)
+    own: list[float] = []
+    for side, batches in sizes.items():
+        wait_until(comm.Ibarrier().Test)
+        own += time_sweeps(trainer, {side: batches}) if trainer else [0.0] * len(batches)
+    total = np.zeros(len(own))
+    wait_until(comm.Ireduce(np.array(own), total, MPI.SUM, SERVER).Test)
     return total
 
 
