@@ -9,6 +9,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +128,24 @@ def test_validation_images_are_taken_from_those_that_train(study: Study) -> None
     assert not held_out & trained
     assert {path.parent.parent.name for path in held_out | trained} == {"train"}
     assert (len(held_out), len(trained)) == (10 * IMAGES // 10, 10 * IMAGES * 9 // 10)
+
+
+def test_studies_started_at_once_share_their_images(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(STUDY.parent.parent)
+    from accuracy.study import images_of
+
+    with ThreadPoolExecutor(4) as studies:
+        list(
+            studies.map(
+                lambda _: images_of(digits / "digits", tmp_path / "images", "test", 0), range(4)
+            )
+        )
+    for split in ("train", "test"):
+        there = {path.name for path in (tmp_path / "images" / split).glob("*/*")}
+        assert there == {path.name for path in (digits / "digits" / split).glob("*/*")}
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize("scale", SCALES)

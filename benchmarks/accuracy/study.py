@@ -10,9 +10,9 @@ out of the training split, among the candidates too; the test images are for the
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +94,26 @@ def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
     """
     if folder.is_dir():
         return folder
-    unfinished = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
     classes = sorted(entry.name for entry in (data / "train").iterdir() if entry.is_dir())
-    for name in classes:
-        train = sorted((data / "train" / name).iterdir())
-        test = sorted((data / "test" / name).iterdir())
-        if split == "validation":
-            test = train[::HELD_OUT]
-            del train[::HELD_OUT]
-        if most:
-            train, test = train[:most], test[: max(1, most // 4)]
-        for part, images in (("train", train), ("test", test)):
-            (unfinished / part / name).mkdir(parents=True)
-            for image in images:
-                (unfinished / part / name / image.name).symlink_to(image.resolve())
-    unfinished.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        for name in classes:
+            train = sorted((data / "train" / name).iterdir())
+            test = sorted((data / "test" / name).iterdir())
+            if split == "validation":
+                test = train[::HELD_OUT]
+                del train[::HELD_OUT]
+            if most:
+                train, test = train[:most], test[: max(1, most // 4)]
+            for part, images in (("train", train), ("test", test)):
+                (unfinished / part / name).mkdir(parents=True)
+                for image in images:
+                    (unfinished / part / name / image.name).symlink_to(image.resolve())
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another study, started at the same time, was first
+            if not folder.is_dir():
+                raise
     return folder
 
 
