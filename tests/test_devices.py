@@ -22,7 +22,13 @@ from hpc_hdb.train.data import ImageArray
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import TorchLoader
 from hpc_hdb.train.memory import lacks_memory
-from hpc_hdb.train.profile import fits_device, largest_batch, measure_steps, sweep_sizes
+from hpc_hdb.train.profile import (
+    fits_device,
+    keep_stepping,
+    largest_batch,
+    measure_steps,
+    sweep_sizes,
+)
 from hpc_hdb.train.trainer import Trainer
 
 SIDE = 8
@@ -131,6 +137,17 @@ def test_a_sweep_needs_no_batch_of_one() -> None:
     times = measure_steps(trainer(), SIDE, sizes, seconds=0.01, repeats=2)
     assert len(times) == len(sizes)
     assert all(time > 0 for time in times)
+
+
+def test_a_worker_that_has_measured_goes_on_until_all_have() -> None:
+    """Its steps take of shared cores what they will take in the run."""
+    early = trainer()
+    seen: list[int] = []
+    early.model.register_forward_hook(lambda model, inputs, output: seen.append(len(inputs[0])))
+    others = iter([False, False, True])
+    keep_stepping(early, SIDE, 5, lambda: next(others))
+    assert set(seen) == {5}
+    assert next(others, None) is None
 
 
 @contextmanager

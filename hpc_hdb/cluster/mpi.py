@@ -67,13 +67,13 @@ def wait_until(
     start = time.perf_counter()
     sleep = 5e-5
     while not done():
+        if os.getppid() != _LAUNCHER:
+            os._exit(1)
         waited = time.perf_counter() - start
         if waited > timeout:
             return False
         if waited < eagerly:
             os.sched_yield()
-        elif os.getppid() != _LAUNCHER:
-            os._exit(1)
         else:
             time.sleep(sleep)
             sleep = min(sleep * 1.5, _LONGEST_SLEEP)

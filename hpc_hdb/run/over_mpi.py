@@ -55,6 +55,7 @@ from hpc_hdb.run.serve import STOP_SIGNALS, catch_signals, has_finished, serve
 from hpc_hdb.train.data import open_data, prepare_data
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
+from hpc_hdb.train.profile import keep_stepping
 from hpc_hdb.train.server_optimizer import ServerOptimizer
 from hpc_hdb.train.trainer import Trainer
 from hpc_hdb.train.worker import run_worker
@@ -322,13 +323,20 @@ def _sum_of_sweeps(
 ) -> np.ndarray:
     """At rank 0 the seconds of each step, added up over the ranks that have a trainer.
 
-    All begin with a resolution together: a worker that is early would find cores free that it
-    shares, as they will not be in the run. Nor does waiting take a core from those that measure.
+    All begin with a resolution together, and go on with steps until all have measured it: a worker
+    alone would find cores free that it shares in the run. Nor does waiting take a core from those
+    that measure.
     """
     own: list[float] = []
+    wait_until(comm.Ibarrier().Test)
     for side, batches in sizes.items():
-        wait_until(comm.Ibarrier().Test)
         own += time_sweeps(trainer, {side: batches}) if trainer else [0.0] * len(batches)
+        measured = comm.Ibarrier().Test
+        if trainer:
+            here = functools.partial(wait_until, measured, timeout=0)
+            keep_stepping(trainer, side, batches[0], here)
+        else:
+            wait_until(measured)
     total = np.zeros(len(own))
     wait_until(comm.Ireduce(np.array(own), total, MPI.SUM, SERVER).Test)
     return total

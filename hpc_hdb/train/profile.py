@@ -68,6 +68,12 @@ def measure_steps(
     return [statistics.median(turns) for turns in times]
 
 
+def keep_stepping(trainer: Trainer, resolution: int, size: int, done: Callable[[], bool]) -> None:
+    """Train batches that nobody times until `done` says yes, on all ranks that share them."""
+    while trainer.settle([float(done())])[0] < 1:
+        _mean_step(trainer, resolution, size, 1)
+
+
 def _mean_step(trainer: Trainer, resolution: int, size: int, count: int) -> float:
     """Mean seconds of `count` steps, one after another, behind as many that do not count.
 
