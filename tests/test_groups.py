@@ -65,7 +65,7 @@ def stop(job: Job, run: Path, commits: int) -> None:
 
 SHARED = {
     "server.ranks_per_worker": PER_WORKER,
-    "model.name": "models:plain",
+    "model.name": "models:watched",
     "schedule.epochs": 2,
     "schedule.milestones": [],
     "schedule.learning_rate": 0.02,
@@ -88,7 +88,7 @@ def shared(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ranks_that_share_batches_take_the_steps_of_one(
     shared: Path, digits: Path, tmp_path: Path
 ) -> None:
-    """On the virtual cluster each worker is one process that trains the whole batch."""
+    """On the virtual cluster a worker's ranks take turns in one process, each with its own rows."""
     whole = tmp_path / "whole"
     succeed("hdb", "simulate", *KIND.settings(digits, whole, **SHARED), cwd=PROGRAMS)
     assert close(final_model(shared / "run"), final_model(whole), 2e-5)
@@ -228,11 +228,11 @@ def test_an_all_reduce_run_is_like_any_other(together: Path) -> None:
 
 
 def test_a_stopped_all_reduce_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """The other run is one process that trains the whole batches."""
+    """The other run is one process in which the ranks take turns."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     settings = [
         *CONVENTIONAL,
-        *sets("model.name=models:plain", "schedule.epochs=12", "schedule.milestones=[6]"),
+        *sets("model.name=models:watched", "schedule.epochs=12", "schedule.milestones=[6]"),
         *sets("schedule.dropout=[0.3]", "train.rotation=18", f"plan.workers={TOGETHER}"),
     ]
     output = sets(f"run.output={run}")

@@ -140,16 +140,24 @@ def check_gpus(settings: Settings, gpus: Sequence[int]) -> None:
 
 
 def make_trainer(
-    settings: Settings, data: ImageSet, device: torch.device, group: RankGroup | None = None
+    settings: Settings,
+    data: ImageSet,
+    device: torch.device,
+    group: RankGroup | None = None,
+    in_turn: int = 1,
 ) -> Trainer:
-    """The trainer of a worker, or of one rank of its group; its model as the run's seed has it."""
+    """The trainer of a worker, or of one rank of its group; its model as the run's seed has it.
+
+    Where all ranks of a worker are in this process, `in_turn` is their number.
+    """
     torch.manual_seed(settings.run.seed)
     model = make_model(settings, len(data.classes), device)
     train = settings.train
     augmentation = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
     rows = group.rows if group else None
     loader = make_loader(data, settings.data, augmentation, device, rows)
-    return Trainer(model, loader, len(data.labels), settings.train, settings.run.seed, group)
+    samples = len(data.labels)
+    return Trainer(model, loader, samples, settings.train, settings.run.seed, group, in_turn)
 
 
 def make_evaluator(

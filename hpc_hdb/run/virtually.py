@@ -21,6 +21,7 @@ from hpc_hdb.run.build import (
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
+    Crew,
     check_resumed_data,
     fit_sweeps,
     known_timing,
@@ -78,21 +79,22 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     note_slow_loading(data, settings, place.device, progress.note)
     evaluator = make_evaluator(settings, place.device, data.classes)
     plan = folder.read_plan(settings.plan.time_ratio)
+    ranks = Crew.of(settings, None).ranks
     if plan is None:
         timing = known_timing(settings)
         if timing is None:
             sizes = sweeps(settings)
             progress.note("measuring batch times ...")
-            timing = fit_sweeps(
-                sizes, time_sweeps(make_trainer(settings, data, place.device), sizes)
-            )
+            trainer = make_trainer(settings, data, place.device, in_turn=ranks)
+            seconds = [each / ranks for each in time_sweeps(trainer, sizes)]
+            timing = fit_sweeps(sizes, seconds)
         plan = make_plan(settings, settings.plan.workers, len(data.labels), timing)
     else:
         check_resumed_data(plan, len(data.labels))
     servers = max(1, settings.server.server_ranks)
     asked = catch_signals()
     cluster = VirtualCluster(plan.shares.workers, servers=servers, signal_number=asked)
-    trainers = [make_trainer(settings, data, place.device) for _ in cluster.workers]
+    trainers = [make_trainer(settings, data, place.device, in_turn=ranks) for _ in cluster.workers]
     synchronous = settings.server.synchronous
     keep = folder.checkpoints if settings.train.keep_momentum else None
 

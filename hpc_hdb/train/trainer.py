@@ -17,6 +17,7 @@ from hpc_hdb.cluster.messages import Order, Report, ReportKind
 from hpc_hdb.config import Train
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.train.in_turn import backward_in_turn
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.memory import free_memory, room_for
 from hpc_hdb.train.model import set_dropout, set_rows
@@ -83,6 +84,8 @@ class Trainer:
         Of the run: order of samples, augmentation, dropout.
     group : RankGroup, optional
         The ranks that share the batches; `loader` gives this one's rows of them.
+    in_turn : int
+        Without a group, the ranks that share the batches and take turns in this process.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Trainer:
         settings: Train,
         seed: int,
         group: RankGroup | None = None,
+        in_turn: int = 1,
     ) -> None:
         self.parameters = FlatModel(model)
         self.model = model
@@ -106,6 +110,7 @@ class Trainer:
         # It starts at the first loss, which a rank without rows of the first batch has not.
         self._scaler.scale(torch.zeros((), device=self.device))
         self._group = group
+        self._in_turn = in_turn
         self._optimizer: torch.optim.Optimizer = EagerSGD(
             model.parameters(),
             lr=0.0,  # set by each round's order; profiling leaves the weights alone
@@ -213,7 +218,10 @@ class Trainer:
         self._optimizer.zero_grad()
         if self._group is not None:
             return self._shared_step(self._group, images, labels, batch, interrupted())
-        totals = self._backward(images, labels, 1.0)
+        if self._in_turn > 1:
+            totals = backward_in_turn(self.model, images, labels, self._in_turn, self._backward)
+        else:
+            totals = self._backward(images, labels, 1.0)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return Step(totals, len(labels), interrupted())

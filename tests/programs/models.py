@@ -58,14 +58,6 @@ class Heavy(Watched):
         self.ballast = nn.Parameter(torch.zeros(2_000_000))
 
 
-class Plain(Watched):
-    """Without batch normalisation: each image's gradient is its own, whatever is beside it."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes)
-        self.norm = nn.Identity()
-
-
 class Recorded(Tiny):
     """Appends its parameters, as each training step finds them, to ``$WATCH/RANK``."""
 
@@ -88,10 +80,6 @@ def heavy(num_classes: int) -> nn.Module:
 
 def watched(num_classes: int) -> nn.Module:
     return Watched(num_classes)
-
-
-def plain(num_classes: int) -> nn.Module:
-    return Plain(num_classes)
 
 
 def recorded(num_classes: int) -> nn.Module:
