@@ -2,7 +2,7 @@
 
 A packed split is a folder::
 
-    manifest.json       classes, shards, checksums, images left out
+    manifest.json       task, classes, shards, checksums, images left out
     names.txt           the source file of each sample, one a line
     index-VARIANT.npy   where each sample's bytes are
     VARIANT/00000.tar   members KEY.jpg (or KEY.png ...) and KEY.cls, the label in ASCII
@@ -231,8 +231,16 @@ def write_shard(
     return record
 
 
-def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[ShardRecord]) -> None:
-    """Make the shards of `records`, in their order, a packed split."""
+def write_manifest(
+    folder: Path,
+    classes: Sequence[str],
+    records: Sequence[ShardRecord],
+    task: Mapping[str, Any],
+) -> None:
+    """Make the shards of `records`, in their order, a packed split.
+
+    `task` is kept, for who packs to know its own work again.
+    """
     variants = sorted({variant for record in records for variant in record.files})
     indices = {}
     for variant in variants:
@@ -251,6 +259,7 @@ def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[Shard
     manifest: dict[str, Any] = {
         "format": "webdataset",
         "version": _VERSION,
+        "task": dict(task),
         "classes": list(classes),
         "samples": sum(len(record.sources) for record in records),
         "variants": variants,

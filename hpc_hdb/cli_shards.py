@@ -56,8 +56,8 @@ def pack(
             )
         left_out = f", {len(done.skipped)} left out" if done.skipped else ""
         lines = [
-            f"{done.folder}: {done.samples} images{left_out}, {done.shards} shards, "
-            f"{done.size / 2**20:.1f} MiB",
+            f"{done.folder}: {'packed already, ' if done.before else ''}{done.samples} images"
+            f"{left_out}, {done.shards} shards, {done.size / 2**20:.1f} MiB",
             *(f"  left out: {file}: {reason}" for file, reason in done.skipped[:_SHOWN]),
         ]
         if len(done.skipped) > _SHOWN:

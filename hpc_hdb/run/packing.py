@@ -50,7 +50,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """What `pack_split` made: figures for the user."""
+    """A split that `pack_split` has packed: figures for the user."""
 
     folder: Path
     samples: int
@@ -59,6 +59,8 @@ class PackedSplit:
     """In bytes, over all variants."""
     skipped: list[tuple[str, str]]
     """Files left out, and why."""
+    before: bool
+    """Whether an earlier call had done it all."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ def pack_split(
         "originals": originals,
         "per_shard": per_shard,
     }
+    begin(len(files))
+    if _is_done(folder, task):
+        advance(len(files))
+        return _described(folder, before=True)
     _begin(folder, task)
     order = np.random.default_rng(_SEED).permutation(len(files))
     jobs = [
@@ -144,7 +150,6 @@ def pack_split(
         )
         for number, chosen in enumerate(np.split(order, range(per_shard, len(order), per_shard)))
     ]
-    begin(len(files))
     records = {}
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -169,15 +174,9 @@ def pack_split(
     ordered = [records[job.name] for job in jobs if records[job.name].sources]
     if not ordered:
         raise UserError(f"none of the {len(files)} images of {source} can be decoded")
-    write_manifest(folder, classes, ordered)
+    write_manifest(folder, classes, ordered, task)
     shutil.rmtree(folder / "parts")
-    return PackedSplit(
-        folder,
-        sum(len(record.sources) for record in ordered),
-        len(ordered),
-        sum(file["bytes"] for record in ordered for file in record.files.values()),
-        [item for job in jobs for item in records[job.name].skipped],
-    )
+    return _described(folder, before=False)
 
 
 def verify_split(folder: Path, begin: Callable[[int], None], advance: Advance) -> list[str]:
@@ -202,10 +201,38 @@ def verify_split(folder: Path, begin: Callable[[int], None], advance: Advance) -
     return problems
 
 
+def _is_done(folder: Path, task: dict[str, Any]) -> bool:
+    """Whether `folder` is packed with this task; raises UserError where with another one."""
+    if not (folder / "manifest.json").exists():
+        return False
+    try:
+        same = read_manifest(folder).get("task") == task
+    except ShardError as error:
+        raise UserError(f"{error} (remove {folder} first)") from None
+    if not same:
+        raise UserError(
+            f"{folder} is packed already, from other images or with other options: remove it, or "
+            "pack elsewhere"
+        )
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # of a call killed at its very end
+    return True
+
+
+def _described(folder: Path, before: bool) -> PackedSplit:
+    manifest = read_manifest(folder)
+    files = [file for shard in manifest["shards"] for file in shard["files"].values()]
+    return PackedSplit(
+        folder,
+        manifest["samples"],
+        len(manifest["shards"]),
+        sum(file["bytes"] for file in files),
+        manifest["skipped"],
+        before,
+    )
+
+
 def _begin(folder: Path, task: dict[str, Any]) -> None:
     """Claim `folder` for this task, or find it claimed for the same one."""
-    if (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is packed already: check it with hdb verify, or remove it")
     begun = folder / "parts" / "task.json"
     if begun.exists():
         try:
