@@ -59,6 +59,8 @@ class PackedSplit:
     """In bytes, over all variants."""
     skipped: list[tuple[str, str]]
     """Files left out, and why."""
+    passed_over: str
+    """One line on files whose names are not those of images; empty where there are none."""
     before: bool
     """Whether an earlier call had done it all."""
 
@@ -124,7 +126,7 @@ def pack_split(
     UserError
         If there is nothing to pack, or `folder` holds something else.
     """
-    classes, labels, paths = find_images(source)
+    classes, labels, paths, passed_over = find_images(source)
     files = [os.path.relpath(path, source) for path in paths]
     task = {
         "images": _digest(files),
@@ -135,7 +137,7 @@ def pack_split(
     begin(len(files))
     if _is_done(folder, task):
         advance(len(files))
-        return _described(folder, before=True)
+        return _described(folder, passed_over, before=True)
     _begin(folder, task)
     order = np.random.default_rng(_SEED).permutation(len(files))
     jobs = [
@@ -176,7 +178,7 @@ def pack_split(
         raise UserError(f"none of the {len(files)} images of {source} can be decoded")
     write_manifest(folder, classes, ordered, task)
     shutil.rmtree(folder / "parts")
-    return _described(folder, before=False)
+    return _described(folder, passed_over, before=False)
 
 
 def verify_split(folder: Path, begin: Callable[[int], None], advance: Advance) -> list[str]:
@@ -218,7 +220,7 @@ def _is_done(folder: Path, task: dict[str, Any]) -> bool:
     return True
 
 
-def _described(folder: Path, before: bool) -> PackedSplit:
+def _described(folder: Path, passed_over: str, before: bool) -> PackedSplit:
     manifest = read_manifest(folder)
     files = [file for shard in manifest["shards"] for file in shard["files"].values()]
     return PackedSplit(
@@ -227,6 +229,7 @@ def _described(folder: Path, before: bool) -> PackedSplit:
         len(manifest["shards"]),
         sum(file["bytes"] for file in files),
         manifest["skipped"],
+        passed_over,
         before,
     )
 
