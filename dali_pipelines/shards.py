@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipelines.files import replace_flushed, write_whole
+
 ORIGINAL = "original"
 INDEX = np.dtype([("shard", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8")])
 """One sample in ``index-VARIANT.npy``: offset and size in bytes, within the shard's file."""
@@ -226,7 +228,7 @@ def write_shard(
             "sha256": checksum(part),
             "index": _seal(index),
         }
-        _replace(part, path)
+        replace_flushed(part, path)
         write_whole(path.with_suffix(".idx"), index)
     return record
 
@@ -348,24 +350,6 @@ def checksum(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole, on disk, or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        _replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
-
-
-def _replace(part: Path, path: Path) -> None:
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:

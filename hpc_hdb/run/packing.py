@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from dali_pipelines.files import write_whole
 from dali_pipelines.shards import (
     ORIGINAL,
     ShardError,
@@ -33,7 +34,6 @@ from dali_pipelines.shards import (
     read_manifest,
     write_manifest,
     write_shard,
-    write_whole,
 )
 from hpc_hdb.errors import UserError
 from hpc_hdb.train.decode import DecodeError, decode
