@@ -16,12 +16,11 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: its loader was not tested")
 
-from dali_pipelines.augmentation import PLAIN, Augmentation
-from dali_pipelines.classification import MEAN, STD, Form
+from dali_pipelines.augmentation import PLAIN, STD, Augmentation
+from dali_pipelines.classification import Form
 from dali_pipelines.feed import Feed
 from hpc_hdb.config import Data
 from hpc_hdb.errors import BadImage, UserError
-from hpc_hdb.train import augment
 from hpc_hdb.train.dali_loader import DaliLoader
 from hpc_hdb.train.data import ImageArray, ImageFiles, scan_folder
 from hpc_hdb.train.folders import IMAGE_SUFFIXES
@@ -413,7 +412,3 @@ def test_on_a_gpu_dali_decodes_with_the_cores_that_training_leaves(files: ImageF
     finally:
         torch.set_num_threads(before)
     assert chosen == [4, 2, 1, 2]
-
-
-def test_both_loaders_normalise_alike() -> None:
-    assert (MEAN, STD) == (augment.MEAN, augment.STD)
