@@ -56,6 +56,27 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     assert sorted(found) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
 
 
+def test_every_module_is_in_the_architecture() -> None:
+    """In the list of its folder, and nothing else is."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    folder, named = "", set()
+    for line in re.findall(r"^```\n(.*?)^```", text, re.S | re.M)[0].splitlines():
+        name = line.split()[0] if line else ""
+        if name.endswith("/"):
+            folder = name
+        elif name:
+            named.add(folder + name)
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("hpc_hdb", "dali_pipelines")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    missing, gone = sorted(modules - named), sorted(named - modules)
+    assert not missing, f"docs/architecture.md leaves out {', '.join(missing)}"
+    assert not gone, f"docs/architecture.md still has {', '.join(gone)}"
+
+
 @pytest.mark.parametrize("section", Settings.model_fields)
 def test_every_setting_is_documented_with_its_default(section: str) -> None:
     text = (ROOT / "docs/configuration.md").read_text()
