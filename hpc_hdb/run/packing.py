@@ -8,7 +8,6 @@ sequential reader of the shards meets the classes mixed.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -16,13 +15,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
 from dali_pipelines.files import write_whole
 from dali_pipelines.shards import (
@@ -36,11 +32,10 @@ from dali_pipelines.shards import (
     write_shard,
 )
 from hpc_hdb.errors import UserError
+from hpc_hdb.run.smaller_copies import smaller_copies
 from hpc_hdb.train.decode import DecodeError, decode
 from hpc_hdb.train.folders import find_images
 
-_QUALITY = 90
-"""Of the smaller JPEG copies."""
 _SEED = 0
 """Of the order of files: packing again gives the same shards."""
 
@@ -304,44 +299,6 @@ def _samples(
             continue
         suffix = path.suffix[1:].lower().replace("jpeg", "jpg")
         images = {ORIGINAL: (suffix, data)} if job.originals else {}
-        tables = _coarser_tables(data) if job.sides else None
-        for side in job.sides:
-            images[str(side)] = _bounded(picture, side, tables) or (suffix, data)
+        for side, copy in smaller_copies(data, picture, job.sides).items():
+            images[str(side)] = ("jpg", copy) if copy else (suffix, data)
         yield file, label, images
-
-
-def _coarser_tables(data: bytes) -> dict[int, list[int]] | None:
-    """The quantization tables of a JPEG file coarser than `_QUALITY`, which its copies take over.
-
-    Finer ones would take room and time to decode for detail that is not there.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        tables = getattr(image, "quantization", None)
-    if not tables or 0 not in tables:  # a JPEG may number its tables otherwise
-        return None
-    return tables if sum(tables[0]) > sum(_finest_tables()[0]) else None
-
-
-@cache
-def _finest_tables() -> dict[int, list[int]]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=_QUALITY)
-    with Image.open(buffer) as image:
-        assert isinstance(image, JpegImageFile)
-        return image.quantization
-
-
-def _bounded(
-    picture: Image.Image, side: int, tables: dict[int, list[int]] | None
-) -> tuple[str, bytes] | None:
-    """A JPEG copy whose shorter side has `side` pixels; None if the picture is not larger."""
-    width, height = picture.size
-    scale = side / min(width, height)
-    if scale >= 1:
-        return None
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    small = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    how: dict[str, Any] = {"qtables": tables} if tables else {"quality": _QUALITY}
-    small.save(buffer, "JPEG", optimize=True, **how)
-    return "jpg", buffer.getvalue()
