@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dali_pipelines.classification import MEAN, STD
+from dali_pipelines.augmentation import MEAN, STD
 
 ROTATION, ZOOM, CROP_AREA = 18.0, 0.25, 0.08
 

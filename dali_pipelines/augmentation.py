@@ -1,4 +1,7 @@
-"""Random crops, flips, rotations and zooms, drawn ahead of the images: arithmetic alone."""
+"""What is done to images: crops, flips, rotations and zooms, drawn ahead; normalisation.
+
+Arithmetic alone: needs neither DALI nor torch.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ from dali_pipelines.headers import image_size
 
 ASPECT = 4 / 3
 """Width to height of a random crop lies between 1 / ASPECT and this."""
+
+
+MEAN = (0.485, 0.456, 0.406)
+"""ImageNet's mean of R, G and B, in units of full brightness, which is taken from all images."""
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's standard deviation of R, G and B, in units of full brightness."""
 
 
 class Draws(NamedTuple):

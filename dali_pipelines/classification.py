@@ -14,10 +14,7 @@ import torch
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.types import DALIDataType, DALIImageType
 
-MEAN = (0.485, 0.456, 0.406)
-"""ImageNet's mean of R, G and B, in units of full brightness."""
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's standard deviation of R, G and B, in units of full brightness."""
+from dali_pipelines.augmentation import MEAN, STD
 
 
 @dataclass(frozen=True)

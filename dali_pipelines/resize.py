@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dali_pipelines.classification import MEAN, STD, Form
+from dali_pipelines.augmentation import MEAN, STD
+from dali_pipelines.classification import Form
 
 _SCALE = (1 / (255 * np.array(STD))).astype(np.float32)
 _SHIFT = (-np.array(MEAN) / np.array(STD)).astype(np.float32)

@@ -2,7 +2,7 @@
 
 A packed split is a folder::
 
-    manifest.json       classes, shards, checksums, images left out
+    manifest.json       task, classes, shards, checksums, images left out
     names.txt           the source file of each sample, one a line
     index-VARIANT.npy   where each sample's bytes are
     VARIANT/00000.tar   members KEY.jpg (or KEY.png ...) and KEY.cls, the label in ASCII
@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dali_pipelines.files import replace_flushed, write_whole
 
 ORIGINAL = "original"
 INDEX = np.dtype([("shard", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8")])
@@ -226,13 +228,21 @@ def write_shard(
             "sha256": checksum(part),
             "index": _seal(index),
         }
-        _replace(part, path)
+        replace_flushed(part, path)
         write_whole(path.with_suffix(".idx"), index)
     return record
 
 
-def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[ShardRecord]) -> None:
-    """Make the shards of `records`, in their order, a packed split."""
+def write_manifest(
+    folder: Path,
+    classes: Sequence[str],
+    records: Sequence[ShardRecord],
+    task: Mapping[str, Any],
+) -> None:
+    """Make the shards of `records`, in their order, a packed split.
+
+    `task` is kept, for who packs to know its own work again.
+    """
     variants = sorted({variant for record in records for variant in record.files})
     indices = {}
     for variant in variants:
@@ -251,6 +261,7 @@ def write_manifest(folder: Path, classes: Sequence[str], records: Sequence[Shard
     manifest: dict[str, Any] = {
         "format": "webdataset",
         "version": _VERSION,
+        "task": dict(task),
         "classes": list(classes),
         "samples": sum(len(record.sources) for record in records),
         "variants": variants,
@@ -339,24 +350,6 @@ def checksum(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole, on disk, or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        _replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
-
-
-def _replace(part: Path, path: Path) -> None:
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:

@@ -56,12 +56,14 @@ def pack(
             )
         left_out = f", {len(done.skipped)} left out" if done.skipped else ""
         lines = [
-            f"{done.folder}: {done.samples} images{left_out}, {done.shards} shards, "
-            f"{done.size / 2**20:.1f} MiB",
+            f"{done.folder}: {'packed already, ' if done.before else ''}{done.samples} images"
+            f"{left_out}, {done.shards} shards, {done.size / 2**20:.1f} MiB",
             *(f"  left out: {file}: {reason}" for file, reason in done.skipped[:_SHOWN]),
         ]
         if len(done.skipped) > _SHOWN:
             lines.append(f"  all of them: {done.folder / 'manifest.json'}")
+        if done.passed_over:
+            lines.append(done.passed_over)
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     print(f"train on them: --set data.source=shards --set data.path={out}")
 

@@ -94,9 +94,29 @@ def test_images_of_any_kind_train(images: Path) -> None:
         ("L", "jpg"),
         ("CMYK", "jpg"),
         ("1", "bmp"),
+        ("I;16", "tif"),
     ]:
         picture(mode).save(folder / f"{mode}.{suffix}")
     succeed(*SIMULATE, *IMAGES, cwd=images.parent)
+
+
+def test_files_that_are_not_named_as_images_are_told_of(images: Path) -> None:
+    """In both splits: while training, packing and evaluating."""
+    picture().save(images / "train" / "cat" / "00.gif")
+    picture().save(images / "val" / "cat" / "00.tga")
+    told = [
+        f"images/{split}: files passed over that are not named as images: 1 ({suffix} 1)\n"
+        for split, suffix in (("train", ".gif"), ("val", ".tga"))
+    ]
+    for words, count in (
+        ([*SIMULATE, *IMAGES], 2),
+        (["hdb", "pack", "images", "packed"], 2),
+        (["hdb", "evaluate", "out"], 1),
+    ):
+        done = run(*words, cwd=images.parent)
+        assert done.returncode == 0
+        for line in told[-count:]:
+            assert (done.stdout + done.stderr).count(line) == 1
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])

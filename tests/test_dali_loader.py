@@ -16,14 +16,14 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: its loader was not tested")
 
-from dali_pipelines.augmentation import PLAIN, Augmentation
-from dali_pipelines.classification import MEAN, STD, Form
+from dali_pipelines.augmentation import PLAIN, STD, Augmentation
+from dali_pipelines.classification import Form
 from dali_pipelines.feed import Feed
 from hpc_hdb.config import Data
-from hpc_hdb.errors import UserError
-from hpc_hdb.train import augment
+from hpc_hdb.errors import BadImage, UserError
 from hpc_hdb.train.dali_loader import DaliLoader
 from hpc_hdb.train.data import ImageArray, ImageFiles, scan_folder
+from hpc_hdb.train.folders import IMAGE_SUFFIXES
 from hpc_hdb.train.loader import TorchLoader, make_loader
 
 CPU = torch.device("cpu")
@@ -37,6 +37,18 @@ FORMATS: list[tuple[str, str, dict]] = [
     ("lossless.png", "RGB", {}),
     ("transparent.png", "RGBA", {}),
     ("really_png.jpg", "RGB", {"format": "PNG"}),
+]
+RARER_FORMATS: list[tuple[str, str, dict]] = [
+    ("a.bmp", "RGB", {}),
+    ("a.webp", "RGB", {"quality": 90}),
+    ("a.tif", "RGB", {}),
+    ("packed.tiff", "L", {"compression": "tiff_lzw"}),
+    ("cmyk.tif", "CMYK", {}),
+    ("a.jp2", "RGB", {}),
+    ("a.ppm", "RGB", {}),
+    ("a.pgm", "L", {}),
+    ("a.pbm", "1", {}),
+    ("a.pnm", "RGB", {}),
 ]
 SIZES = [(48, 48), (60, 49), (45, 71), (31, 40)]  # not twice 32: Pillow would decode at half size
 
@@ -92,6 +104,34 @@ def test_evaluation_gives_what_torch_gives(files: ImageFiles, threads: int, side
     errors = (images - expected).abs().mean(dim=(1, 2, 3))
     worst = files.paths[indices[errors.argmax()]]
     assert errors.max() < LEVEL, worst
+
+
+@pytest.mark.parametrize("how", [PLAIN, Augmentation(flip=True, rotation=0, zoom=0, crop_area=0.5)])
+def test_every_suffix_of_images_is_decoded_as_torch_does(tmp_path: Path, how: Augmentation) -> None:
+    for seed, (name, mode, options) in enumerate(RARER_FORMATS):
+        path = tmp_path / "one" / name
+        path.parent.mkdir(exist_ok=True)
+        picture(60, 49, seed).convert(mode, dither=Image.Dither.NONE).save(path, **options)
+    files = scan_folder(tmp_path)
+    suffixes = {Path(path).suffix for path in files.paths}
+    assert suffixes | {".jpg", ".jpeg", ".png"} == set(IMAGE_SUFFIXES)
+    indices, sizes = np.arange(len(files.paths)), [len(files.paths)]
+    images, _ = collect(DaliLoader(files, 1, how, CPU), indices, sizes)
+    expected, _ = collect(TorchLoader(files, 0, how, CPU), indices, sizes)
+    errors = (images - expected).abs().mean(dim=(1, 2, 3))
+    assert errors.max() < LEVEL, files.paths[errors.argmax()]
+
+
+@pytest.mark.parametrize("make", [DaliLoader, TorchLoader])
+def test_a_tiff_that_is_to_be_turned_is_refused_by_both(
+    tmp_path: Path, make: Callable[..., DaliLoader | TorchLoader]
+) -> None:
+    """Which Pillow would turn, and DALI not; and crops would be of the wrong side."""
+    (tmp_path / "one").mkdir()
+    picture(40, 60, 1).save(tmp_path / "one/turned.tif", tiffinfo={0x112: 6})
+    files = scan_folder(tmp_path)
+    with pytest.raises(BadImage, match=r"turned\.tif: its orientation tag turns it: save it"):
+        list(make(files, 0, PLAIN, CPU).batches(np.arange(1), [1], 32, 0))
 
 
 def test_augmentation_maps_images_as_torch_does(files: ImageFiles) -> None:
@@ -372,7 +412,3 @@ def test_on_a_gpu_dali_decodes_with_the_cores_that_training_leaves(files: ImageF
     finally:
         torch.set_num_threads(before)
     assert chosen == [4, 2, 1, 2]
-
-
-def test_both_loaders_normalise_alike() -> None:
-    assert (MEAN, STD) == (augment.MEAN, augment.STD)

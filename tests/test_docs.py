@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from typer.testing import CliRunner
 
 from hpc_hdb.cli import app
 from hpc_hdb.config import Settings, load_settings, preset_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -50,13 +56,44 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     assert sorted(found) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
 
 
+def test_every_module_is_in_the_architecture() -> None:
+    """In the list of its folder, and nothing else is."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    folder, named = "", set()
+    for line in re.findall(r"^```\n(.*?)^```", text, re.S | re.M)[0].splitlines():
+        name = line.split()[0] if line else ""
+        if name.endswith("/"):
+            folder = name
+        elif name:
+            named.add(folder + name)
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("hpc_hdb", "dali_pipelines")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    missing, gone = sorted(modules - named), sorted(named - modules)
+    assert not missing, f"docs/architecture.md leaves out {', '.join(missing)}"
+    assert not gone, f"docs/architecture.md still has {', '.join(gone)}"
+
+
 @pytest.mark.parametrize("section", Settings.model_fields)
 def test_every_setting_is_documented_with_its_default(section: str) -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     table = text.split(f"## [{section}]")[1].split("\n## ")[0]
-    keys = type(getattr(Settings(), section)).model_fields
-    documented = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.M))))
-    assert documented == set(keys)
+    documented: dict[str, object] = {}
+    for keys, values in re.findall(r"^\| (`.*?) \|(.*?)\|", table, re.M):
+        defaults = map(toml_value, re.findall(r"`.*?`|none", values) or [""])
+        documented |= dict(zip(re.findall(r"`(\w+)`", keys), defaults, strict=True))
+    assert documented == Settings().model_dump(mode="json")[section]
+
+
+def toml_value(documented: str) -> object:
+    """None where it is in words what an absent value means."""
+    try:
+        return tomllib.loads(f"value = {documented.strip('`')}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None
 
 
 def test_the_toml_example_is_a_configuration(tmp_path: Path) -> None:

@@ -41,13 +41,14 @@ def install(here: Path, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("env", "told"),
     [
+        ({"MPI4PY_LIBMPI": "/gone.so"}, "mpi4py finds no MPI library (cannot load MPI library): "),
         ({"CXX": "no-such-compiler"}, "there is no C++ compiler (no-such-compiler): install g++"),
         (
             {"CXX": "/bin/false", "CUDA_HOME": "/nowhere", "HOROVOD_CUDA_HOME": "/nowhere"},
             "CUDA_HOME = /nowhere has no nvcc that runs",
         ),
     ],
-    ids=["compiler", "CUDA"],
+    ids=["MPI", "compiler", "CUDA"],
 )
 def test_what_is_missing_is_told_in_one_line(
     tmp_path: Path, env: dict[str, str], told: str

@@ -436,6 +436,10 @@ def decoded(path: Path, resolution: int) -> np.ndarray:
         ("a.bmp", "RGB", 0),
         ("a.ppm", "RGB", 0),
         ("a.webp", "RGB", 4),
+        ("a.tif", "RGB", 0),
+        ("cmyk.tiff", "CMYK", 4),
+        ("a.jp2", "RGB", 4),
+        ("a.pnm", "RGB", 0),
     ],
 )
 def test_a_colour_image_of_any_format_is_read_as_rgb(
@@ -458,6 +462,8 @@ def test_what_a_file_holds_counts_and_not_its_name(tmp_path: Path) -> None:
     [
         ("grey.jpg", np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))),
         ("grey.png", np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))),
+        ("grey.pgm", np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))),
+        ("16bit.tif", np.tile(np.arange(0, 65536, 1024, dtype=np.uint16), (64, 1))),
         ("16bit.png", np.tile(np.arange(0, 65536, 1024, dtype=np.uint16), (64, 1))),
     ],
 )
@@ -553,11 +559,15 @@ def fill(root: Path, *files: str) -> Path:
 
 def test_a_folder_is_read_in_sorted_order_with_its_subfolders(tmp_path: Path) -> None:
     fill(tmp_path, "b/2.png", "b/1.jpg", "a/x/9.JPEG", "a/0.png", "a/notes.txt", "readme.txt")
+    fill(tmp_path, "a/1.tif", "a/2.TIFF", "a/3.pgm", "a/4.jp2", "a/5.gif", "b/6.txt", "b/.x.txt")
     images = scan_folder(tmp_path)
     assert images.classes == ["a", "b"]
-    assert images.labels.tolist() == [0, 0, 1, 1]
+    assert images.labels.tolist() == [0] * 6 + [1] * 2
     names = [str(Path(path).relative_to(tmp_path)) for path in images.paths]
-    assert names == ["a/0.png", "a/x/9.JPEG", "b/1.jpg", "b/2.png"]
+    in_a = ["a/0.png", "a/1.tif", "a/2.TIFF", "a/3.pgm", "a/4.jp2", "a/x/9.JPEG"]
+    assert names == [*in_a, "b/1.jpg", "b/2.png"]
+    told = "files passed over that are not named as images: 3 (.txt 2, .gif 1)"
+    assert images.passed_over == f"{tmp_path}: {told}"
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])

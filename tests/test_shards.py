@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import shutil
 import signal
 import tarfile
 import time
@@ -259,7 +260,7 @@ def test_verify_finds_every_kind_of_damage(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["images", "packed"], "packed/train is packed already"),
+        (["images", "packed", "--side", "24"], "packed/train is packed already, from other images"),
         (["images/train", "other"], "images/train has no train/, val/ or test/ folder"),
         (["images", "images"], "images/train is not empty: pack into a new folder"),
         (["images", "new", "--no-originals"], "--no-originals leaves nothing to pack"),
@@ -278,6 +279,34 @@ def test_another_task_does_not_go_on_with_this_one(here: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "task.json").write_text("{}")
     refused("hdb", "pack", "images", "packed", told="begun with other images", cwd=here)
+
+
+@pytest.mark.parametrize("ending", ["killed", "val removed", "not at all"])
+def test_splits_that_are_packed_stay_when_the_command_is_started_again(
+    here: Path, ending: str
+) -> None:
+    words = ["hdb", "pack", "images", "packed", "--per-shard", "4", "--side", "24"]
+    val = here / "packed/val"
+    if ending == "killed":
+        for number in range(200):
+            picture(number).save(here / f"images/val/ant/more{number:03d}.jpg")
+        job = Job(*words, cwd=here)
+        job.until(lambda: list((val / "parts").glob("0*.json")))
+        job.signal(signal.SIGKILL)
+        assert job.end().status == -signal.SIGKILL
+        assert not (val / "manifest.json").exists()
+    else:
+        succeed(*words, cwd=here)
+    if ending == "val removed":
+        shutil.rmtree(val)
+    before = contents(here / "packed/train")
+    out = succeed(*words, cwd=here)
+    assert "packed/train: packed already, 60 images, 15 shards" in out
+    assert ("packed/val: packed already" in out) == (ending == "not at all")
+    assert contents(here / "packed/train") == before
+    assert succeed("hdb", "verify", "packed", cwd=here).endswith("all shards are whole\n")
+    (here / "images/train/ant/another.jpg").write_bytes(b"")
+    refused(*words, told="packed/train is packed already, from other images", cwd=here)
 
 
 def test_a_damaged_packed_folder_does_not_train(here: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from dali_pipelines.augmentation import PLAIN, Augmentation, crop_boxes
 from hpc_hdb.config import Data, Settings
 from hpc_hdb.errors import UserError
-from hpc_hdb.run.build import note_slow_loading
+from hpc_hdb.run.build import note_loading
 from hpc_hdb.train.augment import normalise
 from hpc_hdb.train.data import ImageArray, ImageFiles, open_data
 from hpc_hdb.train.loader import TorchLoader, draws_of, make_loader
@@ -176,6 +176,6 @@ def test_where_dali_would_be_faster_its_absence_is_told_once(
     data = files if encoded else indexed_images()
     settings = Settings(data=Data(loader=loader))
     notes: list[str] = []
-    note_slow_loading(data, settings, torch.device(device), notes.append)
+    note_loading(data, settings, torch.device(device), notes.append)
     assert len(notes) == told
     assert all("slower" in note and "hpc-hdb[dali]" in note for note in notes)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from hpc_hdb.errors import UserError
@@ -51,6 +52,17 @@ def find_launcher() -> Launched | None:
 
 def check_mpi(launched: Launched) -> None:
     """Start MPI, and raise UserError where it cannot or does not see the launcher's ranks."""
+    size = load_mpi().COMM_WORLD.size
+    if size != launched.size:
+        raise UserError(
+            f"{launched.size} processes were started, but MPI sees {size}: launcher and MPI "
+            "library do not fit; use the mpirun of the library that mpi4py loads, or srun with the "
+            "--mpi plugin it speaks"
+        )
+
+
+def load_mpi() -> ModuleType:
+    """``mpi4py.MPI``, whose import starts MPI; raises UserError where there is no MPI library."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -58,12 +70,7 @@ def check_mpi(launched: Launched) -> None:
             f"mpi4py finds no MPI library ({str(error).splitlines()[0]}): load your cluster's "
             "MPI module, or pip install 'hpc-hdb[mpi]'"
         ) from None
-    if MPI.COMM_WORLD.size != launched.size:
-        raise UserError(
-            f"{launched.size} processes were started, but MPI sees {MPI.COMM_WORLD.size}: launcher "
-            "and MPI library do not fit; use the mpirun of the library that mpi4py loads, or srun "
-            "with the --mpi plugin it speaks"
-        )
+    return MPI
 
 
 def leave(error: BaseException) -> NoReturn:

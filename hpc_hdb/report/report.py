@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-from dali_pipelines.shards import write_whole
+from dali_pipelines.files import write_whole
 from hpc_hdb.errors import UserError
 from hpc_hdb.report.html import report_page
 from hpc_hdb.report.plots import plot_accuracy, plot_loss

@@ -53,7 +53,7 @@ def lead(
         Batch sizes to time by resolution; none where the time model is known.
     """
     group = RankGroup(comm, place.device, _SETTING)
-    evaluator = make_evaluator(settings, place.device, data.classes, group)
+    evaluator = make_evaluator(settings, place.device, data.classes, group, note=progress.note)
     if sizes:
         progress.note("measuring batch times ...")
         measured = time_sweeps(make_trainer(settings, data, place.device, group), sizes)

@@ -17,7 +17,7 @@ from torch import nn
 from dali_pipelines.augmentation import PLAIN, Augmentation
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
-from hpc_hdb.train.data import EncodedImages, ImageSet, check_classes, open_data
+from hpc_hdb.train.data import EncodedImages, ImageFiles, ImageSet, check_classes, open_data
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.loader import make_loader, misses_dali
 from hpc_hdb.train.memory import room_for
@@ -96,15 +96,21 @@ def choose_place(settings: Settings, local_rank: int = 0, sharing: int = 1) -> P
     return Place(device, threads or max(1, len(os.sched_getaffinity(0)) // max(1, sharing)))
 
 
-def note_slow_loading(
+def note_loading(
     data: ImageSet, settings: Settings, device: torch.device, note: Callable[[str], None]
 ) -> None:
-    """Tell `note` where images are decoded more slowly than they could be."""
+    """Tell `note` of files passed over, and where images are decoded more slowly than need be."""
+    _note_passed_over(data, note)
     if misses_dali(data, settings.data, device):
         note(
             "DALI is not installed: torch decodes the images, which is slower; "
             "pip install 'hpc-hdb[dali]'"
         )
+
+
+def _note_passed_over(data: ImageSet, note: Callable[[str], None]) -> None:
+    if isinstance(data, ImageFiles) and data.passed_over:
+        note(data.passed_over)
 
 
 def gpu_number(device: torch.device) -> int:
@@ -166,6 +172,7 @@ def make_evaluator(
     classes: Sequence[str] | None = None,
     group: RankGroup | None = None,
     recalibrates: bool = True,
+    note: Callable[[str], None] | None = None,
 ) -> Evaluator:
     """The evaluator at the highest resolution, its model initialised from the run's seed.
 
@@ -177,6 +184,8 @@ def make_evaluator(
         Ranks that evaluate together.
     recalibrates : bool
         Whether models get batch-norm statistics anew, where the settings ask for it.
+    note : callable, optional
+        Told of files passed over.
 
     Raises
     ------
@@ -184,6 +193,8 @@ def make_evaluator(
         If they are not, or the images or the model cannot be had.
     """
     data = open_data(settings.data, "test")
+    if note is not None:
+        _note_passed_over(data, note)
     if classes is not None:
         check_classes(classes, data.classes)
     torch.manual_seed(settings.run.seed)

@@ -25,7 +25,7 @@ def evaluate_run(run: Path, best: bool, note: Callable[[str], None]) -> tuple[Pa
     best : bool
         Evaluate the best checkpoint instead.
     note : callable
-        Told of newer checkpoints that are damaged, in a line each.
+        Told of newer checkpoints that are damaged, and of files passed over, in a line each.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def evaluate_run(run: Path, best: bool, note: Callable[[str], None]) -> tuple[Pa
     source = run / "model.pt"
     finished = source.exists() and not best
     # A final model has its statistics already.
-    evaluator = make_evaluator(settings, place.device, recalibrates=not finished)
+    evaluator = make_evaluator(settings, place.device, recalibrates=not finished, note=note)
     folder, signature = run / "checkpoint", evaluator.parameters.signature
     if best:
         return folder / BEST, evaluator.evaluate(load_best(folder, signature).result)

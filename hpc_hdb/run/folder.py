@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dali_pipelines.files import write_whole
 from hpc_hdb.config import Settings, read_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
@@ -184,14 +185,7 @@ class RunFolder:
         self._write(name, json.dumps(values, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        unfinished = self.path / f"{name}.part"
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(self.path / name)
-        except OSError:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            raise
+        write_whole(self.path / name, text.encode())
 
 
 @contextlib.contextmanager

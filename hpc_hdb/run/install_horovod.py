@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpc_hdb.cluster.launcher import leave
+from hpc_hdb.cluster.launcher import leave, load_mpi
 from hpc_hdb.errors import UserError
 from hpc_hdb.run.cuda_wheels import Say, cuda_settings, environment, run_pip, search_path
 
@@ -186,14 +186,7 @@ def _cache_folder() -> Path:
     import torch
 
     mpi4py.rc.initialize = False
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"mpi4py finds no MPI library ({str(error).splitlines()[0]}): load your cluster's "
-            "MPI module, or pip install 'hpc-hdb[mpi]'"
-        ) from None
-    library = MPI.Get_library_version().strip("\0\n ")
+    library = load_mpi().Get_library_version().strip("\0\n ")
     words = re.findall(r"[\w.]+", library.splitlines()[0])[:3]
     digest = hashlib.sha256(library.encode()).hexdigest()[:8]
     python = f"py{sys.version_info.major}.{sys.version_info.minor}"

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from dali_pipelines.shards import write_whole
+from dali_pipelines.files import write_whole
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan.network import ASSUMED, Network

@@ -39,7 +39,7 @@ from hpc_hdb.run.build import (
     image_name,
     make_evaluator,
     make_trainer,
-    note_slow_loading,
+    note_loading,
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
@@ -144,7 +144,7 @@ def _run(
     place = _place(comm, settings)
     place.settle()
     data = open_data(settings.data, "train")
-    note_slow_loading(data, settings, place.device, progress.note)
+    note_loading(data, settings, place.device, progress.note)
     if settings.server.sync == "allreduce":
         return lead(comm, settings, folder, progress, place, data, plan, timing, sizes)
     servers = settings.server.servers
@@ -152,7 +152,7 @@ def _run(
     if split.spread:
         spread = ", ".join(map(str, split.spread))
         progress.note(f"workers whose ranks are on more than one node: {spread}")
-    evaluator = make_evaluator(settings, place.device, data.classes)
+    evaluator = make_evaluator(settings, place.device, data.classes, note=progress.note)
     if sizes:
         progress.note("measuring batch times ...")
         timing = fit_sweeps(sizes, list(_sum_of_sweeps(comm, sizes) / (comm.size - servers)))

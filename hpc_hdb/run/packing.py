@@ -8,7 +8,6 @@ sequential reader of the shards meets the classes mixed.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -16,14 +15,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
+from dali_pipelines.files import write_whole
 from dali_pipelines.shards import (
     ORIGINAL,
     ShardError,
@@ -33,14 +30,12 @@ from dali_pipelines.shards import (
     read_manifest,
     write_manifest,
     write_shard,
-    write_whole,
 )
 from hpc_hdb.errors import UserError
+from hpc_hdb.run.smaller_copies import smaller_copies
 from hpc_hdb.train.decode import DecodeError, decode
 from hpc_hdb.train.folders import find_images
 
-_QUALITY = 90
-"""Of the smaller JPEG copies."""
 _SEED = 0
 """Of the order of files: packing again gives the same shards."""
 
@@ -50,7 +45,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """What `pack_split` made: figures for the user."""
+    """A split that `pack_split` has packed: figures for the user."""
 
     folder: Path
     samples: int
@@ -59,6 +54,10 @@ class PackedSplit:
     """In bytes, over all variants."""
     skipped: list[tuple[str, str]]
     """Files left out, and why."""
+    passed_over: str
+    """One line on files whose names are not those of images; empty where there are none."""
+    before: bool
+    """Whether an earlier call had done it all."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def pack_split(
     UserError
         If there is nothing to pack, or `folder` holds something else.
     """
-    classes, labels, paths = find_images(source)
+    classes, labels, paths, passed_over = find_images(source)
     files = [os.path.relpath(path, source) for path in paths]
     task = {
         "images": _digest(files),
@@ -130,6 +129,10 @@ def pack_split(
         "originals": originals,
         "per_shard": per_shard,
     }
+    begin(len(files))
+    if _is_done(folder, task):
+        advance(len(files))
+        return _described(folder, passed_over, before=True)
     _begin(folder, task)
     order = np.random.default_rng(_SEED).permutation(len(files))
     jobs = [
@@ -144,7 +147,6 @@ def pack_split(
         )
         for number, chosen in enumerate(np.split(order, range(per_shard, len(order), per_shard)))
     ]
-    begin(len(files))
     records = {}
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -169,15 +171,9 @@ def pack_split(
     ordered = [records[job.name] for job in jobs if records[job.name].sources]
     if not ordered:
         raise UserError(f"none of the {len(files)} images of {source} can be decoded")
-    write_manifest(folder, classes, ordered)
+    write_manifest(folder, classes, ordered, task)
     shutil.rmtree(folder / "parts")
-    return PackedSplit(
-        folder,
-        sum(len(record.sources) for record in ordered),
-        len(ordered),
-        sum(file["bytes"] for record in ordered for file in record.files.values()),
-        [item for job in jobs for item in records[job.name].skipped],
-    )
+    return _described(folder, passed_over, before=False)
 
 
 def verify_split(folder: Path, begin: Callable[[int], None], advance: Advance) -> list[str]:
@@ -202,10 +198,39 @@ def verify_split(folder: Path, begin: Callable[[int], None], advance: Advance) -
     return problems
 
 
+def _is_done(folder: Path, task: dict[str, Any]) -> bool:
+    """Whether `folder` is packed with this task; raises UserError where with another one."""
+    if not (folder / "manifest.json").exists():
+        return False
+    try:
+        same = read_manifest(folder).get("task") == task
+    except ShardError as error:
+        raise UserError(f"{error} (remove {folder} first)") from None
+    if not same:
+        raise UserError(
+            f"{folder} is packed already, from other images or with other options: remove it, or "
+            "pack elsewhere"
+        )
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # of a call killed at its very end
+    return True
+
+
+def _described(folder: Path, passed_over: str, before: bool) -> PackedSplit:
+    manifest = read_manifest(folder)
+    files = [file for shard in manifest["shards"] for file in shard["files"].values()]
+    return PackedSplit(
+        folder,
+        manifest["samples"],
+        len(manifest["shards"]),
+        sum(file["bytes"] for file in files),
+        manifest["skipped"],
+        passed_over,
+        before,
+    )
+
+
 def _begin(folder: Path, task: dict[str, Any]) -> None:
     """Claim `folder` for this task, or find it claimed for the same one."""
-    if (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is packed already: check it with hdb verify, or remove it")
     begun = folder / "parts" / "task.json"
     if begun.exists():
         try:
@@ -274,44 +299,6 @@ def _samples(
             continue
         suffix = path.suffix[1:].lower().replace("jpeg", "jpg")
         images = {ORIGINAL: (suffix, data)} if job.originals else {}
-        tables = _coarser_tables(data) if job.sides else None
-        for side in job.sides:
-            images[str(side)] = _bounded(picture, side, tables) or (suffix, data)
+        for side, copy in smaller_copies(data, picture, job.sides).items():
+            images[str(side)] = ("jpg", copy) if copy else (suffix, data)
         yield file, label, images
-
-
-def _coarser_tables(data: bytes) -> dict[int, list[int]] | None:
-    """The quantization tables of a JPEG file coarser than `_QUALITY`, which its copies take over.
-
-    Finer ones would take room and time to decode for detail that is not there.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        tables = getattr(image, "quantization", None)
-    if not tables or 0 not in tables:  # a JPEG may number its tables otherwise
-        return None
-    return tables if sum(tables[0]) > sum(_finest_tables()[0]) else None
-
-
-@cache
-def _finest_tables() -> dict[int, list[int]]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=_QUALITY)
-    with Image.open(buffer) as image:
-        assert isinstance(image, JpegImageFile)
-        return image.quantization
-
-
-def _bounded(
-    picture: Image.Image, side: int, tables: dict[int, list[int]] | None
-) -> tuple[str, bytes] | None:
-    """A JPEG copy whose shorter side has `side` pixels; None if the picture is not larger."""
-    width, height = picture.size
-    scale = side / min(width, height)
-    if scale >= 1:
-        return None
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    small = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    how: dict[str, Any] = {"qtables": tables} if tables else {"quality": _QUALITY}
-    small.save(buffer, "JPEG", optimize=True, **how)
-    return "jpg", buffer.getvalue()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dali_pipelines.shards import write_whole
+from dali_pipelines.files import write_whole
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.run.build import choose_place, make_trainer

@@ -17,7 +17,7 @@ from hpc_hdb.run.build import (
     image_name,
     make_evaluator,
     make_trainer,
-    note_slow_loading,
+    note_loading,
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
@@ -76,8 +76,8 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     place.settle()
     prepare_data(settings.data)
     data = open_data(settings.data, "train")
-    note_slow_loading(data, settings, place.device, progress.note)
-    evaluator = make_evaluator(settings, place.device, data.classes)
+    note_loading(data, settings, place.device, progress.note)
+    evaluator = make_evaluator(settings, place.device, data.classes, note=progress.note)
     plan = folder.read_plan(settings.plan.time_ratio)
     ranks = Crew.of(settings, None).ranks
     if plan is None:

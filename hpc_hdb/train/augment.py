@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dali_pipelines.augmentation import Draws
+from dali_pipelines.augmentation import MEAN, STD, Draws
 from dali_pipelines.transfer import to_device
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -121,11 +121,12 @@ class EncodedImages(ABC):
 
 @dataclass
 class ImageFiles(EncodedImages):
-    """Images in a file each, whose paths are `paths`."""
+    """Images in a file each; attributes as in `hpc_hdb.train.folders.Found`."""
 
     classes: list[str]
     labels: np.ndarray
     paths: list[str]
+    passed_over: str = ""
 
     def read(self, index: int, side: int) -> np.ndarray:
         path = self.paths[index]
@@ -305,8 +306,7 @@ def _split_folder(root: Path, split: Split) -> Path:
 
 def scan_folder(folder: Path) -> ImageFiles:
     """The images of ``folder/<class>/``; raises UserError as `find_images`."""
-    classes, labels, paths = find_images(folder)
-    return ImageFiles(classes, labels, paths)
+    return ImageFiles(*find_images(folder))
 
 
 def _write_digits(folder: Path) -> None:

@@ -9,6 +9,9 @@ from PIL import Image
 
 from dali_pipelines.augmentation import crop_boxes
 
+_ORIENTATION = 0x112
+"""The tag of Exif and TIFF."""
+
 
 class DecodeError(Exception):
     """What is wrong with the bytes of an image."""
@@ -30,11 +33,14 @@ def decode(data: bytes, side: int | None = None) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _check_upright(image)
             if side is not None:
                 image.draft("RGB", (side, side))
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
+    except DecodeError:
+        raise
     except Image.UnidentifiedImageError:
         raise DecodeError("not an image") from None
     except Exception as error:  # a damaged file raises whatever its bytes lead to
@@ -42,13 +48,22 @@ def decode(data: bytes, side: int | None = None) -> Image.Image:
 
 
 def check_header(data: bytes) -> None:
-    """Raise DecodeError where a header claims more pixels than Pillow would decode."""
+    """Raise DecodeError for what DALI decodes, and `decode` refuses by the header."""
     try:
-        Image.open(io.BytesIO(data)).close()
+        with Image.open(io.BytesIO(data)) as image:
+            _check_upright(image)
+    except DecodeError:
+        raise
     except Image.DecompressionBombError as error:
         raise DecodeError(str(error)) from None
     except Exception:  # for the decoder to tell
         return
+
+
+def _check_upright(image: Image.Image) -> None:
+    """Refuse a TIFF that is to be turned: Pillow does so, unlike with other files, DALI never."""
+    if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1:
+        raise DecodeError("its orientation tag turns it: save it upright")
 
 
 def encode_blank() -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dali_pipelines.shards import write_whole
+from dali_pipelines.files import write_whole
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, BatchTimeFit, fit_timings
 from hpc_hdb.train.memory import free_memory, lacks_memory

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import torch
 
+from dali_pipelines.files import replace_flushed
+
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
 _LENGTH = struct.Struct("<H")
@@ -67,20 +69,14 @@ def write_sealed(path: Path, value: Any, durable: bool = True) -> None:
             torch.save(value, summed)  # type: ignore[arg-type]
             file.seek(-_LENGTH.size, os.SEEK_END)
             file.write(_LENGTH.pack(_COMMENT) + _MARK + summed.checksum.hexdigest().encode())
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        unfinished.replace(path)
+        if durable:
+            replace_flushed(unfinished, path)
+        else:
+            unfinished.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise
-    if durable:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_sealed(path: Path, device: torch.device | str = "cpu") -> Any:

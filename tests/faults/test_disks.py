@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,10 @@ from endings import (
     refused,
 )
 from PIL import Image
+
+from hpc_hdb.config import load_settings
+from hpc_hdb.run.folder import RunFolder
+from hpc_hdb.run.planning import make_plan
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -121,6 +126,40 @@ def test_a_timing_file_is_not_lost_to_a_full_disk(here: Path, disk: Callable[[st
     refused(*words, told=f"cannot write {timing}: No space left on device: choose", cwd=here)
     assert timing.read_text() == '{"resolutions": {}}'
     assert sorted(path.name for path in folder.iterdir()) == ["ballast", "timing.json"]
+
+
+@pytest.mark.parametrize("folders", ["flushed", "not to be flushed"])
+def test_what_a_run_is_to_do_survives_a_power_cut(
+    here: Path, monkeypatch: pytest.MonkeyPatch, folders: str
+) -> None:
+    """Each file is on disk before it gets its name, and its name before the next file begins."""
+    happened: list[tuple[str, str]] = []
+
+    def fsync(file: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if path.is_dir() and folders != "flushed":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(file)
+        happened.append(("flushed", path.name))
+
+    def replaced(part: Path, path: Path) -> None:
+        replace(part, path)
+        happened.append(("renamed", path.name))
+
+    monkeypatch.chdir(here)
+    settings = load_settings("mine.toml", ["run.output=out"])
+    plan = make_plan(settings, 2, 240, settings.inline_timing() or {})
+    flush, replace = os.fsync, Path.replace
+    with RunFolder.create(settings, "mine", print) as folder:
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(Path, "replace", replaced)
+        folder.begin(settings, plan)
+    expected = [
+        step
+        for name in ("plan.json", "config.toml")
+        for step in (("flushed", f"{name}.part"), ("renamed", name), ("flushed", "out"))
+    ]
+    assert happened == [s for s in expected if folders == "flushed" or s != ("flushed", "out")]
 
 
 # ---- a file system that hangs -----------------------------------------------------------------

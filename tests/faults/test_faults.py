@@ -185,5 +185,5 @@ def assert_ended(ending: Ending, life: Life, run: Path) -> None:
 def test_the_docs_page_tells_every_outcome() -> None:
     page = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
     for _, accident in cells():
-        assert accident.fault in page, accident
+        assert f"`{accident.fault}`" in page, accident
         assert f"`{accident.moment.partition(':')[0]}`" in page, accident
