@@ -123,7 +123,7 @@ def _run(
     progress: Progress,
     data_copy: Path | None,
 ) -> int:
-    plan = folder.read_plan(settings.plan.time_ratio)
+    plan = folder.read_plan(settings)
     if plan is not None:
         check_resumed_ranks(plan, settings, comm.size, folder)
     _check_threads(settings)

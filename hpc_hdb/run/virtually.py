@@ -77,7 +77,7 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     data = open_data(settings.data, "train")
     note_slow_loading(data, settings, place.device, progress.note)
     evaluator = make_evaluator(settings, place.device, data.classes)
-    plan = folder.read_plan(settings.plan.time_ratio)
+    plan = folder.read_plan(settings)
     if plan is None:
         timing = known_timing(settings)
         if timing is None:

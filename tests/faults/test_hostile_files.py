@@ -129,7 +129,7 @@ def use_settings_and_plan(real: Real, name: str) -> None:
     (real.folder / "out" / HEARTBEAT).unlink(missing_ok=True)
     folder, settings = RunFolder.reopen(real.folder / "out", False, print)
     with folder:
-        plan = folder.read_plan(settings.plan.time_ratio)
+        plan = folder.read_plan(settings)
         assert plan is not None
         assert math.isfinite(plan.predicted_seconds())
 
