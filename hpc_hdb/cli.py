@@ -177,14 +177,16 @@ def plan(
         solved = _plan_of(settings, workers, samples)
         advice = topology_advice(settings, solved)
         if as_json:
-            print(json.dumps(solved.to_dict() | {"topology": advice.values}, indent=2))
+            topology = advice.values if advice else None
+            print(json.dumps(solved.to_dict() | {"topology": topology}, indent=2))
         else:
             console.print(plan_table(solved))
             if note := rate_note(settings.schedule, solved.shares.workers):
                 console.print(note, highlight=False, soft_wrap=True)
             if note := commit_note(solved, settings.server.commits_per_epoch):
                 console.print(note, highlight=False, soft_wrap=True)
-            console.print(advice.line, highlight=False, soft_wrap=True)
+            if advice:
+                console.print(advice.line, highlight=False, soft_wrap=True)
         return
     if overrides:
         raise UserError(f"--set {overrides[0]} changes a CONFIG: give one, or leave it out")

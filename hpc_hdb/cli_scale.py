@@ -126,16 +126,19 @@ class ShownAdvice(NamedTuple):
     line: str
 
 
-def topology_advice(settings: Settings, plan: TrainingPlan) -> ShownAdvice:
-    """The topology that suits a plan, from the simulated timing."""
+def topology_advice(settings: Settings, plan: TrainingPlan) -> ShownAdvice | None:
+    """The topology that suits a plan, from the simulated timing; None for all-reduce."""
+    if settings.server.sync == "allreduce":
+        return None
+
     from hpc_hdb.report.scale_tables import advice_line
     from hpc_hdb.run.network import find_network
     from hpc_hdb.run.scale import advise, workload_of
 
     network, source = find_network(settings)
     workload = workload_of(settings, plan.samples, plan.shares.workers)
-    advice = advise(settings, workload, network, plan.shares.workers)
-    line = advice_line(advice, settings.server.sync, source)
+    advice = advise(settings, workload, network, plan.shares.workers * plan.ranks)
+    line = advice_line(advice, settings.server.sync, source, plan.ranks)
     return ShownAdvice(advice.to_dict() | {"network": source}, line)
 
 

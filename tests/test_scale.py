@@ -372,6 +372,35 @@ def test_a_plan_recommends_the_simplest_topology_that_is_fast(
     assert advice["epoch_seconds"] < advice["star_epoch_seconds"]
 
 
+def test_ranks_that_share_a_batch_are_timed_as_so_many_of_a_part_of_it(hdb: Terminal) -> None:
+    words = ["digits", "--samples", "50000", *sets(TIMING)]
+    shared = sets("server.ranks_per_worker=8", "plan.workers=16", "plan.small_workers=4")
+    alone = sets("schedule.large_batch=[8,8]", "plan.workers=128", "plan.small_workers=32")
+    simulate = ["simulate", *words, "--timing-only", "--workers", "4,128"]
+    assert hdb.json(*simulate, *shared) == hdb.json(*simulate, *alone)
+    plan = hdb.json("plan", *words, *shared)
+    assert (plan["workers"], plan["ranks_per_worker"]) == (16, 8)
+    assert plan["topology"] == hdb.json("plan", *words, *alone)["topology"]
+    assert "with 128 workers of one rank" in hdb("plan", *words, *shared).out
+
+
+def test_a_measured_batch_is_a_ranks_however_many_share_it(hdb: Terminal, tmp_path: Path) -> None:
+    line = {"seconds_per_image": 1e-3, "overhead": 1e-2, "large_batch": 32}
+    (tmp_path / "timing.json").write_text(json.dumps({"resolutions": {"16": line, "24": line}}))
+    measured = sets("plan.timing=timing.json", "schedule.large_batch=[]")
+    words = ["simulate", *DIGITS[:3], *measured, "--timing-only", "--workers", "4"]
+    assert hdb.json(*words) == hdb.json(*words, *sets("server.ranks_per_worker=8"))
+
+
+def test_all_reduce_has_a_plan_and_no_topology(hdb: Terminal) -> None:
+    words = ["plan", *DIGITS, *sets("server.sync=allreduce")]
+    plan = hdb.json(*words)
+    assert (plan["workers"], plan["ranks_per_worker"], plan["topology"]) == (1, 3, None)
+    answer = hdb(*words)
+    assert answer.status == 0
+    assert "topology" not in answer.out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

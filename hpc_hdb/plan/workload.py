@@ -40,13 +40,14 @@ class GroupRound:
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run, for any number of workers.
+    """A training run, for any number of workers of one rank each.
 
     Attributes
     ----------
     stages : sequence of Stage
+        With the large batch of a rank.
     timing : mapping of int to BatchTime
-        By resolution.
+        Of a rank, by resolution.
     samples : int
         Training images per epoch.
     small_share : float

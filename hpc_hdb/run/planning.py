@@ -35,17 +35,23 @@ class Crew(NamedTuple):
         return cls(workers, settings.server.ranks_per_worker)
 
 
-def known_timing(settings: Settings, workers: int | None = None) -> dict[int, BatchTime] | None:
-    """The time model of the configuration or its timing file; None if it is to be measured.
+def rank_timing(settings: Settings) -> dict[int, BatchTime] | None:
+    """The time model of one rank, of the configuration or its timing file.
 
-    Both are of one rank; of those that share a batch each has only its part of the images.
-    `workers` is as in `Crew.of`.
+    None if it is to be measured.
+    """
+    if isinstance(settings.plan.timing, Path):
+        return read_timing(settings.plan.timing)[0]
+    return settings.inline_timing()
+
+
+def known_timing(settings: Settings, workers: int | None = None) -> dict[int, BatchTime] | None:
+    """The time model of a worker, where `rank_timing` knows that of a rank.
+
+    Of ranks that share a batch each has only its part of the images. `workers` is as in `Crew.of`.
     """
     ranks = Crew.of(settings, workers).ranks
-    if isinstance(settings.plan.timing, Path):
-        known: dict[int, BatchTime] | None = read_timing(settings.plan.timing)[0]
-    else:
-        known = settings.inline_timing()
+    known = rank_timing(settings)
     if known is None or ranks == 1:
         return known
     return {
