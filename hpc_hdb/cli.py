@@ -182,11 +182,11 @@ def plan(
         else:
             console.print(plan_table(solved))
             if note := rate_note(settings.schedule, solved.shares.workers):
-                console.print(note, highlight=False, soft_wrap=True)
+                console.print(note, soft_wrap=True)
             if note := commit_note(solved, settings.server.commits_per_epoch):
-                console.print(note, highlight=False, soft_wrap=True)
+                console.print(note, soft_wrap=True)
             if advice:
-                console.print(advice.line, highlight=False, soft_wrap=True)
+                console.print(advice.line, soft_wrap=True)
         return
     if overrides:
         raise UserError(f"--set {overrides[0]} changes a CONFIG: give one, or leave it out")
@@ -251,7 +251,7 @@ def schedule(
         console.print(schedule_table(stages))
         workers = 1 if settings.server.sync == "allreduce" else settings.plan.workers
         if note := rate_note(settings.schedule, workers):
-            console.print(note, highlight=False, soft_wrap=True)
+            console.print(note, soft_wrap=True)
 
 
 @app.command()
@@ -369,9 +369,7 @@ def evaluate(
         print(json.dumps({"model": str(source)} | asdict(result), indent=2))
     else:
         find_console().print(
-            f"{source}: accuracy {result.accuracy:.2%}, loss {result.loss:.4f}",
-            highlight=False,
-            soft_wrap=True,
+            f"{source}: accuracy {result.accuracy:.2%}, loss {result.loss:.4f}", soft_wrap=True
         )
 
 
@@ -391,7 +389,7 @@ def report(
     written = write_report(runs, output)
     console = find_console()
     console.print(written)
-    console.print(f"report: {written.page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {written.page}", soft_wrap=True)
 
 
 app.command()(pack)

@@ -104,17 +104,15 @@ def show_timing(
     console.print(
         f"{settings.server.sync.upper()}: each worker commits {workload.model_bytes / 1e6:.1f} MB "
         f"{'once' if commits == 1 else f'{commits} times'} an epoch of "
-        f"{format_count(workload.samples, 'image')}",
-        highlight=False,
+        f"{format_count(workload.samples, 'image')}"
     )
-    console.print(network_line(network, source), highlight=False, soft_wrap=True)
+    console.print(network_line(network, source), soft_wrap=True)
     for table in scaling_tables(scalings, settings.server.sync):
         console.print(table)
     most = max((row.ranks for scaling in scalings for row in scaling.rows), default=0)
     if most < max(counts):
         console.print(
             f"with more than {most:,} workers there is not a sample for each commit of an epoch",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -173,4 +171,4 @@ def measure(settings: Settings, output: Path) -> None:
         console.print(network_table(network))
         if launched.size == 2:
             console.print("two ranks do not show what several workers cost: start more")
-        console.print(f"written to {path}", highlight=False, soft_wrap=True)
+        console.print(f"written to {path}", soft_wrap=True)

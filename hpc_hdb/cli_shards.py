@@ -62,7 +62,7 @@ def pack(
         ]
         if len(done.skipped) > _SHOWN:
             lines.append(f"  all of them: {done.folder / 'manifest.json'}")
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        console.print("\n".join(lines), soft_wrap=True)
     print(f"train on them: --set data.source=shards --set data.path={out}")
 
 

@@ -178,7 +178,7 @@ def slurm(
         if len(configs) > 1:
             raise UserError("--profile measures for one CONFIG: leave out the others")
         _write(script, profile_script(job, site, Path("timing.json")), force)
-        console.print("measures batch times on one device, and writes timing.json", highlight=False)
+        console.print("measures batch times on one device, and writes timing.json")
     else:
         _check(job, settings)
         found_launcher = find_job_launcher(site.launcher)
@@ -198,19 +198,11 @@ def slurm(
     if submitted:
         number = submit(script)
         console.print(
-            f"submitted {script} as job {number}; watch it with squeue -j {number}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"submitted {script} as job {number}; watch it with squeue -j {number}", soft_wrap=True
         )
     else:
         typed = shlex.quote(str(script))
-        console.print(
-            f"written to {script}; submit it with: sbatch {typed}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        console.print(f"written to {script}; submit it with: sbatch {typed}", soft_wrap=True)
 
 
 def _site(**typed: str | int | None) -> Site:
@@ -316,4 +308,4 @@ def _show(console: Console, job: Job, site: Site, lines: Sequence[str]) -> None:
 
     console.print(layout_table(job.layout, job.gpus_per_node, site.cpus_per_task))
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -204,17 +204,19 @@ def test_a_plan_and_a_schedule_of_a_configuration_are_shown_as_tables(
 def test_a_profile_writes_the_timing_that_a_plan_reads(
     hdb: Terminal, digits: Path, tmp_path: Path
 ) -> None:
-    told = ["profile", "digits", "--bound", "64", "--output", tmp_path / "timing.json"]
+    output = tmp_path / "of[this]" / "timing.json"  # which is no markup
+    output.parent.mkdir()
+    told = ["profile", "digits", "--bound", "64", "--output", output]
     chosen = sets(*ONE_RESOLUTION, f"data.path='{digits}'")
-    assert "--set plan.timing=" in succeed("hdb", *told, *chosen)
-    measured = json.loads((tmp_path / "timing.json").read_text())
+    assert f"--set plan.timing={output}\n" in succeed("hdb", *told, *chosen)
+    measured = json.loads(output.read_text())
     assert {"device", "threads", "model", "precision", "torch"} < set(measured)
     line = measured["resolutions"]["16"]
     assert list(measured["resolutions"]) == ["16"]
     assert line["seconds_per_image"] > 0
     assert line["overhead"] > 0
     assert [size for size, seconds in line["points"] if seconds > 0] == [4, 7, 12, 21, 37, 64]
-    plan = hdb.json("plan", "digits", *chosen, *sets("plan.timing=timing.json"))
+    plan = hdb.json("plan", "digits", *chosen, *sets(f"plan.timing='{output}'"))
     stage = plan["stages"][0]
     assert stage["large_batch"] == line["large_batch"] == 64
     assert 1 <= stage["small_batch"] <= 64

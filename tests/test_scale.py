@@ -337,10 +337,13 @@ def test_a_measured_network_is_found_beside_the_timing_and_by_name(
     assert hdb.json(*words)["network"] == vars(NETWORK) | {
         "source": "measured with 3 ranks, network.json"
     }
-    (tmp_path / "network.json").rename(tmp_path / "other.json")
+    (tmp_path / "network.json").rename(tmp_path / "other[one].json")
     assert "assumed" in hdb.json(*words)["network"]["source"]
-    named = hdb.json(*words, "--set", "plan.network=other.json")["network"]
-    assert named["source"] == "measured with 3 ranks, other.json"
+    source = "measured with 3 ranks, other[one].json"
+    named = sets("plan.network=other[one].json")
+    assert hdb.json(*words, *named)["network"]["source"] == source
+    for command in (words, ["plan", *DIGITS]):
+        assert source in hdb(*command, *named).out
 
 
 def test_a_plan_says_where_commits_cut_the_batches(hdb: Terminal) -> None:
@@ -350,6 +353,14 @@ def test_a_plan_says_where_commits_cut_the_batches(hdb: Terminal) -> None:
     images = round(1437 / 3) / 6
     assert f"commits: a round of {images:.0f} images is 2 steps of {images / 2:.0f} at " in cut
     assert "where batches of 64 are planned" in cut
+
+
+def test_a_plan_says_nothing_of_batches_that_nobody_trains(hdb: Terminal) -> None:
+    one = sets("schedule.resolutions=[16]", "schedule.dropout=[0]", "schedule.large_batch=[64]")
+    words = ["plan", "digits", "--samples", "50000", *sets(TIMING), *one]
+    commits = sets("server.commits_per_epoch=620")  # of rounds of 27 images, the small batch
+    assert "where batches of 64 are planned" in hdb(*words, *commits).out
+    assert "commits:" not in hdb(*words, *commits, *sets("plan.small_workers=3")).out
 
 
 def test_a_plan_recommends_the_simplest_topology_that_is_fast(
