@@ -16,6 +16,7 @@ import typer
 
 from hpc_hdb import __version__
 from hpc_hdb.cli_doctor import doctor
+from hpc_hdb.cli_options import AsJson, Config, MaybeConfig, Overrides
 from hpc_hdb.cli_scale import (
     DEFAULT_COUNTS,
     Counts,
@@ -51,15 +52,6 @@ app = typer.Typer(
     epilog=f"CONFIG is a TOML file or the name of a preset: {', '.join(preset_names())}.",
 )
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or a preset's name.")]
-MaybeConfig = Annotated[
-    str | None, typer.Argument(metavar="[CONFIG]", help="A TOML file, or a preset's name.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run's folder.")
 ]
@@ -117,6 +109,8 @@ def profile(
     """Measure the time model and the largest batch of each resolution on this device."""
     settings = load_settings(config, overrides or ())
     if network:
+        if bound is not None:
+            raise UserError("--bound is of batch times, not of the network: leave out one of them")
         measure(settings, output)
         return
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from hpc_hdb.cli_options import typed_option
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
@@ -19,6 +20,9 @@ from hpc_hdb.startup import lasting_imports
 DEFAULT_COUNTS = "4,16,64,256,1024,4096,16384"
 
 _PANEL = "With --timing-only"
+_OF_TIMING = (
+    "workers", "samples", "servers", "ranks_per_worker", "fan_out", "jitter", "as_json",
+)  # fmt: skip
 TimingOnly = Annotated[
     bool,
     typer.Option(
@@ -57,14 +61,12 @@ TimingAsJson = Annotated[
 
 def refuse_timing_options(context: typer.Context) -> None:
     """Raise UserError where an option is typed that only --timing-only heeds."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        panel = getattr(parameter, "rich_help_panel", None)
-        if panel == _PANEL and source and source.name == "COMMANDLINE":
-            told = f"{parameter.opts[0]} goes with --timing-only"
-            if parameter.name == "workers":
-                told += "; to train on so many: --set plan.workers=N"
-            raise UserError(told)
+    option = typed_option(context, _OF_TIMING)
+    if option is not None:
+        told = f"{option} goes with --timing-only"
+        if option == "--workers":
+            told += "; to train on so many: --set plan.workers=N"
+        raise UserError(told)
 
 
 def show_timing(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpc_hdb.cli_options import typed_option
 from hpc_hdb.cluster.roles import check_roles, count_workers
 from hpc_hdb.config import Settings, load_settings
 from hpc_hdb.errors import UserError
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
 
 _JOB, _SITE, _RUN = "The job", "The cluster (defaults: site file)", "The run"
 
+_OF_TRAINING = ("nodes", "workers", "server_partition", "chain", "run", "stage", "samples")
+
 
 def slurm(
+    context: typer.Context,
     configs: Annotated[
         list[str],
         typer.Argument(
@@ -177,6 +181,8 @@ def slurm(
     if profile:
         if len(configs) > 1:
             raise UserError("--profile measures for one CONFIG: leave out the others")
+        if option := typed_option(context, _OF_TRAINING):
+            raise UserError(f"{option} is of jobs that train: leave it out beside --profile")
         _write(script, profile_script(job, site, Path("timing.json")), force)
         console.print("measures batch times on one device, and writes timing.json")
     else:

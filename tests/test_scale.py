@@ -434,10 +434,15 @@ def test_an_error_is_one_line_that_says_what_to_do(
     assert told in hdb.refused("simulate", *words, "--timing-only")
 
 
-@pytest.mark.parametrize("option", ["--workers=8", "--jitter=0", "--json"])
+@pytest.mark.parametrize("option", ["--workers=8", "--jitter=0.05", "--json"])
 def test_options_of_the_timing_are_not_ignored(hdb: Terminal, option: str) -> None:
     told = hdb.refused("simulate", "digits", option)
     assert told.startswith(f"hdb: {option.partition('=')[0]} goes with --timing-only")
+
+
+def test_the_network_has_no_batches(hdb: Terminal) -> None:
+    told = hdb.refused("profile", "digits", "--network", "--bound", "64")
+    assert told.startswith("hdb: --bound is of batch times, not of the network")
 
 
 def test_the_network_cannot_be_measured_without_a_launcher(hdb: Terminal) -> None:
