@@ -174,13 +174,17 @@ def plan(
             topology = advice.values if advice else None
             print(json.dumps(solved.to_dict() | {"topology": topology}, indent=2))
         else:
+            from hpc_hdb.run.planning import large_batch_note
+
             console.print(plan_table(solved))
-            if note := rate_note(settings.schedule, solved.shares.workers):
-                console.print(note, soft_wrap=True)
-            if note := commit_note(solved, settings.server.commits_per_epoch):
-                console.print(note, soft_wrap=True)
-            if advice:
-                console.print(advice.line, soft_wrap=True)
+            for note in (
+                rate_note(settings.schedule, solved.shares.workers),
+                large_batch_note(settings),
+                commit_note(solved, settings.server.commits_per_epoch),
+                advice.line if advice else "",
+            ):
+                if note:
+                    console.print(note, soft_wrap=True)
         return
     if overrides:
         raise UserError(f"--set {overrides[0]} changes a CONFIG: give one, or leave it out")

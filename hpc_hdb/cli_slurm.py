@@ -191,8 +191,9 @@ def slurm(
         text = training_script(job, site, found_launcher)
         limit = limit_seconds(site.time or template_option(job.template, "time"))
         lines = [
-            _time_line(config, its, job.workers, samples, limit, site.grace)
+            f"{config}: {line}"
             for config, its in zip(configs, settings, strict=True)
+            for line in _lines_of(its, job.workers, samples, limit, site.grace)
         ]
         if site.launcher == "auto" and found_launcher.kind == "srun":
             lines.append(
@@ -267,16 +268,17 @@ def _check(job: Job, settings: Sequence[Settings]) -> None:
         )
 
 
-def _time_line(
-    config: str, settings: Settings, ranks: int, samples: int | None, limit: float, grace: int
-) -> str:
-    """What is predicted, or why nothing is."""
+def _lines_of(
+    settings: Settings, ranks: int, samples: int | None, limit: float, grace: int
+) -> list[str]:
+    """What is predicted, or why nothing is; and of large batches that may not fit."""
     from hpc_hdb.report.job_tables import time_lines
+    from hpc_hdb.run.planning import large_batch_note
 
     plan = _plan(settings, _workers(settings, ranks), samples)
-    if isinstance(plan, str):
-        return f"{config}: no prediction: {plan}"
-    return f"{config}: {time_lines(plan, limit, grace)}"
+    told = f"no prediction: {plan}" if isinstance(plan, str) else time_lines(plan, limit, grace)
+    note = large_batch_note(settings)
+    return [told, note] if note else [told]
 
 
 def _plan(settings: Settings, workers: int, samples: int | None) -> TrainingPlan | str:

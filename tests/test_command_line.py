@@ -224,6 +224,46 @@ def test_a_profile_writes_the_timing_that_a_plan_reads(
     assert stage["epoch_seconds"] == pytest.approx(share)
 
 
+BEYOND = (
+    "schedule.large_batch is more than the largest batch of timing.json (64 images at 16 px, "
+    "measured 63): it may not fit; --set 'schedule.large_batch=[]' takes what was measured"
+)
+
+
+def write_timing(folder: Path) -> None:
+    """Largest batches of 63 images at 16 pixels and 64 at 24."""
+    line = {"seconds_per_image": 1e-3, "overhead": 1e-2}
+    lines = {side: line | {"large_batch": batch} for side, batch in ((16, 63), (24, 64))}
+    (folder / "timing.json").write_text(json.dumps({"resolutions": lines}))
+
+
+def test_a_plan_says_where_its_batches_are_larger_than_measured_ones(
+    hdb: Terminal, tmp_path: Path
+) -> None:
+    write_timing(tmp_path)
+    for words in (["plan", "digits"], ["slurm", "digits", "--force"]):
+        words += ["--samples", "1437", *sets("plan.timing=timing.json")]
+        assert hdb(*words).out.count(BEYOND) == 1
+        for right in (
+            sets("schedule.large_batch=[]"),
+            sets("schedule.cyclic=false"),
+            sets("server.ranks_per_worker=2"),  # of which each trains half of the batch
+        ):
+            assert "schedule.large_batch" not in hdb(*words, *right).out
+        assert BEYOND in hdb(*words, *sets("server.sync=allreduce")).out
+
+
+@pytest.mark.parametrize(("command", "ranks"), [("simulate", 0), ("train", 3)])
+def test_a_run_says_where_its_batches_are_larger_than_measured_ones(
+    here: Path, command: str, ranks: int
+) -> None:
+    write_timing(here)
+    out = succeed(
+        "hdb", command, "mine.toml", *sets("plan.timing=timing.json"), ranks=ranks, cwd=here
+    )
+    assert out.count(BEYOND) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [

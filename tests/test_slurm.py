@@ -213,7 +213,7 @@ def test_the_documented_commands_follow_one_another(
     page = (ROOT / "docs/slurm.md").read_text()
     lines = [
         shlex.split(line, comments=True)[1:]
-        for line in re.findall(r"```\n(.*?)```", page, re.S)[0].splitlines()
+        for line in re.findall(r"```\n(.*?)```", page.replace("\\\n", ""), re.S)[0].splitlines()
         if line.startswith("hdb slurm")
     ]
     assert len(lines) == 2

@@ -46,6 +46,7 @@ from hpc_hdb.run.planning import (
     check_resumed_data,
     fit_sweeps,
     known_timing,
+    large_batch_note,
     make_plan,
     sweeps,
     time_sweeps,
@@ -134,6 +135,8 @@ def _run(
         settings = settings.model_copy(update={"data": data_there})
     prepare_data(settings.data)
     timing = None if plan else known_timing(settings, workers)
+    if plan is None and (note := large_batch_note(settings)):
+        progress.note(note)
     sizes = {} if plan or timing else sweeps(settings, workers)
     job = {
         "settings": settings.model_dump(mode="json"),

@@ -79,6 +79,27 @@ def stages_with_batches(settings: Settings, workers: int | None = None) -> tuple
     )
 
 
+def large_batch_note(settings: Settings) -> str:
+    """Where a rank is to train more images at once than were measured; empty if nowhere."""
+    schedule, timing = settings.schedule, settings.plan.timing
+    if not schedule.large_batch or not isinstance(timing, Path):
+        return ""
+    measured = read_timing(timing)[1]
+    ranks = 1 if settings.server.sync == "allreduce" else settings.server.ranks_per_worker
+    stages = {stage.resolution: stage.large_batch or 0 for stage in schedule.stages()}
+    beyond = [
+        f"{batch} images at {side} px, measured {measured[side] * ranks}"
+        for side, batch in stages.items()
+        if side in measured and batch > measured[side] * ranks
+    ]
+    if not beyond:
+        return ""
+    return (
+        f"schedule.large_batch is more than the largest batch of {timing} ({'; '.join(beyond)}): "
+        "it may not fit; --set 'schedule.large_batch=[]' takes what was measured"
+    )
+
+
 def make_plan(
     settings: Settings, workers: int, samples: int, timing: Mapping[int, BatchTime]
 ) -> TrainingPlan:

@@ -24,6 +24,7 @@ from hpc_hdb.run.planning import (
     check_resumed_data,
     fit_sweeps,
     known_timing,
+    large_batch_note,
     make_plan,
     sweeps,
     time_sweeps,
@@ -80,6 +81,8 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     plan = folder.read_plan(settings)
     if plan is None:
         timing = known_timing(settings)
+        if note := large_batch_note(settings):
+            progress.note(note)
         if timing is None:
             sizes = sweeps(settings)
             progress.note("measuring batch times ...")
