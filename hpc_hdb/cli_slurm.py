@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpc_hdb.cli_options import typed_option
-from hpc_hdb.cluster.roles import check_roles, count_workers
+from hpc_hdb.cluster.roles import check_roles
 from hpc_hdb.config import Settings, load_settings
-from hpc_hdb.errors import UserError
+from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.report.terminal import find_console
 from hpc_hdb.run.launchers import find_job_launcher
 from hpc_hdb.run.sbatch import Options, check_options, limit_seconds, submit, typed_options
@@ -27,8 +27,6 @@ from hpc_hdb.run.slurm import (
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from hpc_hdb.plan import TrainingPlan
 
 _JOB, _SITE, _RUN = "The job", "The cluster (defaults: site file)", "The run"
 
@@ -235,14 +233,6 @@ def _ranks_per_worker(settings: Settings) -> int:
     return 1 if server.sync == "allreduce" else server.ranks_per_worker
 
 
-def _workers(settings: Settings, ranks: int) -> int:
-    """Of so many ranks that train, the workers that a plan is made for."""
-    server = settings.server
-    if server.sync == "allreduce":
-        return ranks
-    return count_workers(ranks + server.servers, server.servers, server.ranks_per_worker)
-
-
 def _check(job: Job, settings: Sequence[Settings]) -> None:
     """Raise UserError for what would end the job as it starts."""
     for its in settings:
@@ -273,28 +263,15 @@ def _lines_of(
 ) -> list[str]:
     """What is predicted, or why nothing is; and of large batches that may not fit."""
     from hpc_hdb.report.job_tables import time_lines
-    from hpc_hdb.run.planning import large_batch_note
+    from hpc_hdb.run.planning import count_planned, large_batch_note, plan_beforehand
 
-    plan = _plan(settings, _workers(settings, ranks), samples)
-    told = f"no prediction: {plan}" if isinstance(plan, str) else time_lines(plan, limit, grace)
+    workers = count_planned(settings, ranks + settings.server.server_ranks)
+    try:
+        told = time_lines(plan_beforehand(settings, workers, samples), limit, grace)
+    except NotKnownYet as error:
+        told = f"no prediction: {error}"
     note = large_batch_note(settings)
     return [told, note] if note else [told]
-
-
-def _plan(settings: Settings, workers: int, samples: int | None) -> TrainingPlan | str:
-    """The plan, or why there is none beforehand."""
-    from hpc_hdb.run.planning import known_timing, make_plan
-    from hpc_hdb.train.data import open_data
-
-    timing = known_timing(settings, workers)
-    if timing is None:
-        return "batch times are measured as the run starts (or beforehand, with --profile)"
-    if samples is None:
-        try:
-            samples = len(open_data(settings.data, "train").labels)
-        except UserError as error:
-            return f"{error} (or give --samples)"
-    return make_plan(settings, workers, samples, timing)
 
 
 def _write(script: Path, text: str, force: bool) -> None:

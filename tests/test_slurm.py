@@ -410,6 +410,23 @@ def test_the_predicted_time_is_shown_beside_the_limit(hdb: Terminal, time: str, 
     assert told in out
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["digits"], 'plan.timing = "profile" is measured when a run starts'),
+        (
+            ["cifar100", *sets("plan.timing={24=[1e-3,1e-2],32=[1e-3,1e-2]}")],
+            "cifar100 is not in data, or corrupted",
+        ),
+    ],
+    ids=["times", "images"],
+)
+def test_what_is_not_known_yet_leaves_no_prediction(
+    hdb: Terminal, words: list[str], reason: str
+) -> None:
+    assert f"{words[0]}: no prediction: {reason}" in hdb("slurm", *words).out
+
+
 def test_time_limits_are_those_of_slurm() -> None:
     for text, seconds in {
         "90": 5400, "1:30": 90, "2:00:00": 7200, "1-12": 129600, "1-0:30": 88200,

@@ -25,7 +25,7 @@ from hpc_hdb.cluster.link import WorkerLink, complete
 from hpc_hdb.cluster.mpi import wait_until, world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
 from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
-from hpc_hdb.cluster.roles import SERVER, check_roles, count_workers
+from hpc_hdb.cluster.roles import SERVER, check_roles
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
@@ -44,6 +44,7 @@ from hpc_hdb.run.build import (
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
     check_resumed_data,
+    count_planned,
     fit_sweeps,
     known_timing,
     large_batch_note,
@@ -128,7 +129,7 @@ def _run(
     if plan is not None:
         check_resumed_ranks(plan, settings, comm.size, folder)
     _check_threads(settings)
-    workers = _workers(comm.size, settings)
+    workers = count_planned(settings, comm.size)
     own = settings
     if data_copy is not None:
         data_there = settings.data.model_copy(update={"path": data_copy})
@@ -273,17 +274,6 @@ def _check_threads(settings: Settings) -> None:
             "(MPI_THREAD_MULTIPLE), which this one lacks or was started without: leave "
             'MPI4PY_RC_THREAD_LEVEL unset, load an MPI built with threads, or set it to "report"'
         )
-
-
-def _workers(ranks: int, settings: Settings) -> int:
-    """How many workers so many ranks make; with all-reduce, the ranks that share a batch.
-
-    Raises UserError where they do not divide.
-    """
-    server = settings.server
-    if server.sync == "allreduce":
-        return ranks
-    return count_workers(ranks, server.servers, server.ranks_per_worker)
 
 
 def check_resumed_ranks(

@@ -8,23 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from hpc_hdb.cluster.roles import count_workers
 from hpc_hdb.config import Settings
-from hpc_hdb.errors import UserError
+from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.plan import BatchTime, Stage, TrainingPlan, fit_timings, plan_training
 from hpc_hdb.plan.rounds import epoch_bounds
+from hpc_hdb.train.data import ImageSet, open_data
 from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.profile import measure_steps, read_timing, sweep_sizes
 from hpc_hdb.train.trainer import Trainer
 
 
-class Crew(NamedTuple):
+class WorkerCounts(NamedTuple):
     """How many workers a run has, and how many ranks share the batches of each."""
 
     workers: int
     ranks: int
 
     @classmethod
-    def of(cls, settings: Settings, workers: int | None) -> Crew:
+    def of(cls, settings: Settings, workers: int | None) -> WorkerCounts:
         """That of a run with so many workers, by default ``plan.workers``.
 
         All-reduce makes them ranks of a single one.
@@ -33,6 +35,20 @@ class Crew(NamedTuple):
         if settings.server.sync == "allreduce":
             return cls(1, workers)
         return cls(workers, settings.server.ranks_per_worker)
+
+
+def count_planned(settings: Settings, ranks: int) -> int:
+    """The workers of `WorkerCounts.of` that so many ranks make, the servers' among them.
+
+    Raises
+    ------
+    UserError
+        If they do not divide.
+    """
+    server = settings.server
+    if server.sync == "allreduce":
+        return ranks
+    return count_workers(ranks, server.servers, server.ranks_per_worker)
 
 
 def rank_timing(settings: Settings) -> dict[int, BatchTime] | None:
@@ -48,9 +64,10 @@ def rank_timing(settings: Settings) -> dict[int, BatchTime] | None:
 def known_timing(settings: Settings, workers: int | None = None) -> dict[int, BatchTime] | None:
     """The time model of a worker, where `rank_timing` knows that of a rank.
 
-    Of ranks that share a batch each has only its part of the images. `workers` is as in `Crew.of`.
+    Of ranks that share a batch each has only its part of the images. `workers` is as in
+    `WorkerCounts.of`.
     """
-    ranks = Crew.of(settings, workers).ranks
+    ranks = WorkerCounts.of(settings, workers).ranks
     known = rank_timing(settings)
     if known is None or ranks == 1:
         return known
@@ -64,10 +81,10 @@ def stages_with_batches(settings: Settings, workers: int | None = None) -> tuple
     """The schedule, its large batches from the timing file where the configuration has none.
 
     A configured batch is a worker's, and with all-reduce a rank's; a measured one a rank's.
-    `workers` is as in `Crew.of`.
+    `workers` is as in `WorkerCounts.of`.
     """
     stages = settings.schedule.stages()
-    shared = Crew.of(settings, workers).ranks
+    shared = WorkerCounts.of(settings, workers).ranks
     ranks = shared if settings.server.sync == "allreduce" else 1
     batches = {stage.resolution: stage.large_batch for stage in stages}
     if not settings.schedule.large_batch and isinstance(settings.plan.timing, Path):
@@ -100,10 +117,53 @@ def large_batch_note(settings: Settings) -> str:
     )
 
 
+def known_beforehand(timing: dict[int, BatchTime] | None) -> dict[int, BatchTime]:
+    """What `rank_timing` or `known_timing` gave; raises NotKnownYet where that is None."""
+    if timing is None:
+        raise NotKnownYet(
+            'plan.timing = "profile" is measured when a run starts: to know it beforehand write '
+            "timing.json with 'hdb profile', then --set plan.timing=timing.json"
+        )
+    return timing
+
+
+def training_images(settings: Settings) -> ImageSet:
+    """The training images, for their number; raises NotKnownYet where they cannot be had."""
+    try:
+        return open_data(settings.data, "train")
+    except UserError as error:
+        raise NotKnownYet(f"{error}; or give their number: --samples") from None
+
+
+def plan_beforehand(
+    settings: Settings, workers: int | None = None, samples: int | None = None
+) -> TrainingPlan:
+    """The plan of a run that has not begun.
+
+    Parameters
+    ----------
+    workers : int, optional
+        As in `WorkerCounts.of`.
+    samples : int, optional
+        Training images; by default those of the data.
+
+    Raises
+    ------
+    NotKnownYet
+        If the time model or the number of images is.
+    UserError
+        As `make_plan`.
+    """
+    timing = known_beforehand(known_timing(settings, workers))
+    if samples is None:
+        samples = len(training_images(settings).labels)
+    return make_plan(settings, workers or settings.plan.workers, samples, timing)
+
+
 def make_plan(
     settings: Settings, workers: int, samples: int, timing: Mapping[int, BatchTime]
 ) -> TrainingPlan:
-    """Solve the plan; `workers` is as in `Crew.of`.
+    """Solve the plan; `workers` is as in `WorkerCounts.of`.
 
     Raises
     ------
@@ -111,22 +171,22 @@ def make_plan(
         If it is infeasible, or cuts shares into more commits than they have samples, or batches
         into more ranks than they have images.
     """
-    crew = Crew.of(settings, workers)
+    counts = WorkerCounts.of(settings, workers)
     plan = plan_training(
         stages_with_batches(settings, workers),
         timing,
         samples,
-        crew.workers,
+        counts.workers,
         0 if settings.server.sync == "allreduce" else settings.plan.small_workers,
         settings.plan.time_ratio,
     )
     least = min(stage.small_batch or stage.large_batch or 0 for stage in plan.stages)
-    if least < crew.ranks:
+    if least < counts.ranks:
         raise UserError(
-            f"a batch of {least} images cannot be shared by {crew.ranks} ranks: use larger "
+            f"a batch of {least} images cannot be shared by {counts.ranks} ranks: use larger "
             "batches, or fewer ranks in a worker (server.ranks_per_worker)"
         )
-    plan = replace(plan, ranks=crew.ranks)
+    plan = replace(plan, ranks=counts.ranks)
     bounds = epoch_bounds(plan.shares, samples)
     smallest = min(end - start for start, end in itertools.pairwise(bounds))
     if settings.server.commits_per_epoch > smallest:

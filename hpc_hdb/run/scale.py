@@ -15,8 +15,12 @@ from hpc_hdb.plan.network import Network
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.workload import Workload
 from hpc_hdb.run.build import make_model
-from hpc_hdb.run.planning import rank_timing, stages_with_batches
-from hpc_hdb.train.data import open_data
+from hpc_hdb.run.planning import (
+    known_beforehand,
+    rank_timing,
+    stages_with_batches,
+    training_images,
+)
 from hpc_hdb.train.parameters import FlatModel
 
 _SERVERS = (2, 4, 8, 16, 32, 64)
@@ -84,18 +88,13 @@ def workload_of(settings: Settings, samples: int | None, workers: int | None = N
         raise UserError(
             f'server.sync = "{settings.server.sync}" has no commits to time: choose asp, bsp or ssp'
         )
-    timing = rank_timing(settings)
-    if timing is None:
-        raise UserError(
-            'plan.timing = "profile" is measured when a run starts: for its timing beforehand '
-            "write timing.json with 'hdb profile', then --set plan.timing=timing.json"
-        )
+    timing = known_beforehand(rank_timing(settings))
     shared = settings.server.ranks_per_worker
     stages = [
         replace(stage, large_batch=stage.large_batch and -(-stage.large_batch // shared))
         for stage in stages_with_batches(settings)
     ]
-    data = None if samples else open_data(settings.data, "train")
+    data = None if samples else training_images(settings)
     classes = len(data.classes) if data else guess_classes(settings)
     return Workload(
         stages,
