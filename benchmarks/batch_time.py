@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from common import Bar, Sheet, arguments
 
 from hpc_hdb.cluster.messages import Order, OrderKind
-from hpc_hdb.config import Settings, parse_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import plan_dual_batch
 from hpc_hdb.plan.rounds import split_evenly

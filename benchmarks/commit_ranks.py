@@ -25,7 +25,8 @@ from hpc_hdb.cluster.mpi import world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
 from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.slices import Slices
-from hpc_hdb.config import Settings, parse_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.plan import BatchTime, plan_training
 from hpc_hdb.report.events import EventLog
 from hpc_hdb.run.build import choose_place

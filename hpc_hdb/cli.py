@@ -35,7 +35,8 @@ from hpc_hdb.cli_scale import (
 from hpc_hdb.cli_shards import pack, verify
 from hpc_hdb.cli_slurm import slurm
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
-from hpc_hdb.config import Settings, load_settings, preset_names
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings, preset_names
 from hpc_hdb.errors import UserError
 from hpc_hdb.report.terminal import find_console
 from hpc_hdb.startup import lasting_imports

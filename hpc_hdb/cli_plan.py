@@ -10,7 +10,8 @@ import typer
 
 from hpc_hdb.cli_options import AsJson, Config, MaybeConfig, Overrides
 from hpc_hdb.cli_scale import topology_advice
-from hpc_hdb.config import Settings, load_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, plan_dual_batch
 from hpc_hdb.report.terminal import find_console

@@ -11,7 +11,8 @@ import typer
 
 from hpc_hdb.cli_options import typed_option
 from hpc_hdb.cluster.roles import check_roles
-from hpc_hdb.config import Settings, load_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings
 from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.report.terminal import find_console
 from hpc_hdb.run.launchers import find_job_launcher

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hpc_hdb.cli import app
-from hpc_hdb.config import Settings, load_settings, preset_names
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc_hdb.config import Settings, read_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import read_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.run.lock import FolderLock

@@ -17,7 +17,7 @@ from hpc_hdb.cluster.mpi import wait_until
 from hpc_hdb.cluster.mpi_server import MpiServerLink
 from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.roles import SERVER
-from hpc_hdb.config import parse_settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.plan import BatchTime, plan_training
 from hpc_hdb.report.events import EventLog
 from hpc_hdb.train.evaluate import Evaluation

@@ -39,7 +39,7 @@ from PIL import Image
 from rich.console import Console
 
 from dali_pipelines.shards import ShardError, Shards
-from hpc_hdb.config import load_settings, parse_settings
+from hpc_hdb.config_files import load_settings, parse_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, fit_batch_time
 from hpc_hdb.plan.network import ASSUMED

@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_hdb.config import read_settings
+from hpc_hdb.config_files import read_settings
 from hpc_hdb.train.data import open_data
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (
