@@ -34,7 +34,7 @@ from hpc_hdb.plan import (
     plan_training,
     stage_index,
 )
-from hpc_hdb.plan.rounds import epoch_bounds, split_evenly
+from hpc_hdb.plan.cuts import epoch_bounds, split_evenly
 from hpc_hdb.train.profile import largest_batch, sweep_sizes
 
 FIGURES = {

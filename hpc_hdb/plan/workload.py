@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hpc_hdb.errors import InfeasiblePlan
 from hpc_hdb.plan.batch_time import BatchTime
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.plan.dual_batch import Group
 from hpc_hdb.plan.network import (
     Network,
@@ -16,7 +17,6 @@ from hpc_hdb.plan.network import (
     reduction_seconds,
 )
 from hpc_hdb.plan.progressive import Stage
-from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.training import TrainingPlan, plan_training
 

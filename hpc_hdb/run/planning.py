@@ -12,7 +12,7 @@ from hpc_hdb.cluster.roles import count_workers
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.plan import BatchTime, Stage, TrainingPlan, fit_timings, plan_training
-from hpc_hdb.plan.rounds import epoch_bounds
+from hpc_hdb.plan.cuts import epoch_bounds
 from hpc_hdb.train.data import ImageSet, open_data
 from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.profile import measure_steps, read_timing, sweep_sizes
