@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from common import Bar, Sheet, arguments
 
 from hpc_hdb.cluster.messages import Order, OrderKind
-from hpc_hdb.config import Settings, parse_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import plan_dual_batch
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.run.build import choose_place, make_trainer
 from hpc_hdb.train.data import open_data
 from hpc_hdb.train.profile import profile_resolution

@@ -9,7 +9,6 @@ blocks by all workers; and how long the blocks took (``elapsed``).
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import tempfile
 import time
@@ -21,17 +20,17 @@ from sent_bytes import SentBytes
 from torch import Tensor
 from torchvision.models import resnet18
 
-from hpc_hdb.cluster.link import WorkerLink
-from hpc_hdb.cluster.messages import OrderKind, Report, ReportKind
+from hpc_hdb.cluster.link import complete
 from hpc_hdb.cluster.mpi import world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
 from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.slices import Slices
-from hpc_hdb.config import Settings, parse_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.plan import BatchTime, plan_training
 from hpc_hdb.report.events import EventLog
 from hpc_hdb.run.build import choose_place
-from hpc_hdb.train.evaluate import Evaluation
+from hpc_hdb.run.timed_rounds import NoEvaluator, commit_rounds
 from hpc_hdb.train.global_model import follow_root
 from hpc_hdb.train.merge import MERGES
 from hpc_hdb.train.parameters import FlatModel
@@ -41,30 +40,19 @@ WARM_UP = 3
 """Commits at the start of a block that do not count: first touches of the server's buffers."""
 
 
-class NoEvaluator:
-    """Stands in for the evaluation that a run ends with."""
-
-    def evaluate(self, model: Tensor) -> Evaluation:
-        return Evaluation(accuracy=0.0, loss=0.0, seconds=0.0)
-
-    def left_out(self) -> list[str]:
-        return []
-
-
 def hdb_commits(
     comm: MPI.Intracomm, model: Tensor, settings: Settings, pause: float
 ) -> list[float]:
     """A whole run of servers and workers; seconds of each commit of this worker."""
     servers = settings.server.servers
     workers = comm.size - servers
-    # Over MPI the coroutines never suspend, so any event loop will do.
     if comm.rank >= servers:
         worker_link = MpiWorkerLink(comm, servers)
-        loop = commit_loop(worker_link, model, settings.server.sync == "bsp", pause)
-        return asyncio.run(loop)[WARM_UP:]
+        loop = commit_rounds(worker_link, model, settings.server.sync == "bsp", pause)
+        return complete(loop)[WARM_UP:-1]
     if comm.rank:
         follower_link = MpiFollowerLink(comm, servers)
-        asyncio.run(follow_root(follower_link, MERGES[settings.server.merge]))
+        complete(follow_root(follower_link, MERGES[settings.server.merge]))
         follower_link.close()
         return []
     stages = settings.schedule.stages()
@@ -76,26 +64,10 @@ def hdb_commits(
         server = ParameterServer(
             link, plan, settings, model.clone(), NoEvaluator(), log.emit, checkpoints=None
         )
-        asyncio.run(server.run())
+        complete(server.run())
         log.close()
     link.close()
     return []
-
-
-async def commit_loop(
-    link: WorkerLink, model: Tensor, bulk_synchronous: bool, pause: float
-) -> list[float]:
-    """The loop of `hpc_hdb.train.worker.run_worker`, without the training."""
-    commit = link.report if bulk_synchronous else link.exchange
-    order = await link.report(Report(ReportKind.JOIN), model)
-    times = []
-    while order.kind == OrderKind.TRAIN:
-        time.sleep(pause)
-        start = time.perf_counter()
-        order = await commit(Report(ReportKind.COMMIT, order.small, order.index), model)
-        times.append(time.perf_counter() - start)
-    await link.leave(Report(ReportKind.LEAVE))
-    return times[:-1]  # no model comes back from the last commit
 
 
 def bare_exchanges(

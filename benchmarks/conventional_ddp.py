@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_pipelines.augmentation import Augmentation
-from hpc_hdb.config import parse_settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.train.data import open_data
 from hpc_hdb.train.loader import TorchLoader
 from hpc_hdb.train.model import build_model

@@ -18,7 +18,7 @@ from pathlib import Path
 from common import HERE, Bar, Sheet, arguments, last_json, mpirun
 
 from hpc_hdb.cluster.timing import time_commits
-from hpc_hdb.config import load_settings
+from hpc_hdb.config_files import load_settings
 from hpc_hdb.plan.network import Network
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.run.network import find_network

@@ -10,7 +10,7 @@ import json
 import statistics
 
 from hpc_hdb.cluster.mpi import world
-from hpc_hdb.config import load_settings
+from hpc_hdb.config_files import load_settings
 from hpc_hdb.run.network_profile import model_floats, settle_rank
 from hpc_hdb.run.timed_rounds import time_rounds
 

@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from dali_pipelines.augmentation import Augmentation
 from hpc_hdb.cluster.messages import Order, OrderKind
-from hpc_hdb.config import Settings, parse_settings
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.run.build import choose_place, make_trainer
 from hpc_hdb.train.data import ImageSet, open_data
 from hpc_hdb.train.loader import TorchLoader

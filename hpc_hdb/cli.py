@@ -16,6 +16,8 @@ import typer
 
 from hpc_hdb import __version__
 from hpc_hdb.cli_doctor import doctor
+from hpc_hdb.cli_options import AsJson, Config, MaybeConfig, Overrides
+from hpc_hdb.cli_plan import plan, schedule
 from hpc_hdb.cli_scale import (
     DEFAULT_COUNTS,
     Counts,
@@ -29,14 +31,13 @@ from hpc_hdb.cli_scale import (
     measure,
     refuse_timing_options,
     show_timing,
-    topology_advice,
 )
 from hpc_hdb.cli_shards import pack, verify
 from hpc_hdb.cli_slurm import slurm
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher, leave
-from hpc_hdb.config import Settings, load_settings, preset_names
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings, preset_names
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, plan_dual_batch
 from hpc_hdb.report.terminal import find_console
 from hpc_hdb.startup import lasting_imports
 
@@ -51,15 +52,6 @@ app = typer.Typer(
     epilog=f"CONFIG is a TOML file or the name of a preset: {', '.join(preset_names())}.",
 )
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or a preset's name.")]
-MaybeConfig = Annotated[
-    str | None, typer.Argument(metavar="[CONFIG]", help="A TOML file, or a preset's name.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run's folder.")
 ]
@@ -117,6 +109,8 @@ def profile(
     """Measure the time model and the largest batch of each resolution on this device."""
     settings = load_settings(config, overrides or ())
     if network:
+        if bound is not None:
+            raise UserError("--bound is of batch times, not of the network: leave out one of them")
         measure(settings, output)
         return
 
@@ -131,125 +125,8 @@ def profile(
     console.print(f"written to {output}; use it with --set plan.timing={output}", soft_wrap=True)
 
 
-@app.command()
-def plan(
-    config: MaybeConfig = None,
-    overrides: Overrides = None,
-    seconds_per_image: Annotated[
-        float | None, typer.Option(help="a, the time of one more image in a batch, in seconds.")
-    ] = None,
-    overhead: Annotated[
-        float | None, typer.Option(help="c, the fixed time of a batch, in seconds.")
-    ] = None,
-    large_batch: Annotated[int | None, typer.Option(help="B_L, in images.")] = None,
-    samples: Annotated[int | None, typer.Option(help="D, training images per epoch.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="n.")] = None,
-    small_workers: Annotated[int | None, typer.Option(help="n_S, of the n.")] = None,
-    time_ratio: Annotated[
-        float | None, typer.Option(help="k: epoch time relative to large batches alone.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Solve the dual-batch plan: of a configuration, or of figures on the command line."""
-    from hpc_hdb.report.plan_tables import commit_note, dual_batch_table, rate_note
-    from hpc_hdb.report.tables import plan_table
-
-    figures = {
-        "--seconds-per-image": seconds_per_image,
-        "--overhead": overhead,
-        "--large-batch": large_batch,
-        "--samples": samples,
-        "--workers": workers,
-    }
-    console = find_console()
-    if config is not None:
-        measured = [name for name, value in list(figures.items())[:3] if value is not None]
-        if measured:
-            raise UserError(f"{measured[0]} cannot be given beside a CONFIG, which has its own")
-        settings = load_settings(
-            config,
-            [
-                *(overrides or ()),
-                *([f"plan.small_workers={small_workers}"] if small_workers is not None else ()),
-                *([f"plan.time_ratio={time_ratio}"] if time_ratio is not None else ()),
-            ],
-        )
-        solved = _plan_of(settings, workers, samples)
-        advice = topology_advice(settings, solved)
-        if as_json:
-            print(json.dumps(solved.to_dict() | {"topology": advice.values}, indent=2))
-        else:
-            console.print(plan_table(solved))
-            if note := rate_note(settings.schedule, solved.shares.workers):
-                console.print(note, highlight=False, soft_wrap=True)
-            if note := commit_note(solved, settings.server.commits_per_epoch):
-                console.print(note, highlight=False, soft_wrap=True)
-            console.print(advice.line, highlight=False, soft_wrap=True)
-        return
-    if overrides:
-        raise UserError(f"--set {overrides[0]} changes a CONFIG: give one, or leave it out")
-    missing = [name for name, value in figures.items() if value is None]
-    if missing:
-        raise UserError(f"give a CONFIG, or {', '.join(missing)} too")
-    dual = plan_dual_batch(
-        BatchTime(seconds_per_image or 0, overhead or 0),
-        large_batch or 0,
-        samples or 0,
-        workers or 0,
-        small_workers or 0,
-        1.0 if time_ratio is None else time_ratio,
-    )
-    if as_json:
-        print(json.dumps(asdict(dual), indent=2))
-    else:
-        console.print(dual_batch_table(dual))
-
-
-def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> Any:
-    with lasting_imports():
-        from hpc_hdb.run.planning import known_timing, make_plan
-        from hpc_hdb.train.data import open_data
-
-    timing = known_timing(settings, workers)
-    if timing is None:
-        raise UserError(
-            'plan.timing = "profile" is measured when a run starts: for a plan beforehand '
-            "write timing.json with 'hdb profile', then --set plan.timing=timing.json"
-        )
-    if samples is None:
-        try:
-            samples = len(open_data(settings.data, "train").labels)
-        except UserError as error:
-            raise UserError(f"{error}; or give their number: --samples") from None
-    return make_plan(settings, workers or settings.plan.workers, samples, timing)
-
-
-@app.command()
-def schedule(
-    config: Config,
-    overrides: Overrides = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Training images; by default those of the data.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show the stages: epochs, learning rate, resolution, dropout, batches."""
-    from hpc_hdb.report.plan_tables import rate_note, schedule_table
-
-    settings = load_settings(config, overrides or ())
-    if settings.plan.timing == "profile":
-        stages = settings.schedule.stages()
-    else:
-        stages = _plan_of(settings, None, samples).stages
-    if as_json:
-        known = [{k: v for k, v in asdict(stage).items() if v is not None} for stage in stages]
-        print(json.dumps(known, indent=2))
-    else:
-        console = find_console()
-        console.print(schedule_table(stages))
-        workers = 1 if settings.server.sync == "allreduce" else settings.plan.workers
-        if note := rate_note(settings.schedule, workers):
-            console.print(note, highlight=False, soft_wrap=True)
+app.command()(plan)
+app.command()(schedule)
 
 
 @app.command()
@@ -367,9 +244,7 @@ def evaluate(
         print(json.dumps({"model": str(source)} | asdict(result), indent=2))
     else:
         find_console().print(
-            f"{source}: accuracy {result.accuracy:.2%}, loss {result.loss:.4f}",
-            highlight=False,
-            soft_wrap=True,
+            f"{source}: accuracy {result.accuracy:.2%}, loss {result.loss:.4f}", soft_wrap=True
         )
 
 
@@ -389,7 +264,7 @@ def report(
     written = write_report(runs, output)
     console = find_console()
     console.print(written)
-    console.print(f"report: {written.page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {written.page}", soft_wrap=True)
 
 
 app.command()(pack)

@@ -36,7 +36,7 @@ def doctor(
         for finding in findings:
             if finding.advice:
                 line = f"{finding.part}: {finding.advice}"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+                console.print(line, soft_wrap=True)
     if any(finding.needed and finding.state != "works" for finding in findings):
         raise typer.Exit(1)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from hpc_hdb.cli_options import typed_option
 from hpc_hdb.cluster.launcher import check_mpi, find_launcher
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
@@ -19,6 +20,9 @@ from hpc_hdb.startup import lasting_imports
 DEFAULT_COUNTS = "4,16,64,256,1024,4096,16384"
 
 _PANEL = "With --timing-only"
+_OF_TIMING = (
+    "workers", "samples", "servers", "ranks_per_worker", "fan_out", "jitter", "as_json",
+)  # fmt: skip
 TimingOnly = Annotated[
     bool,
     typer.Option(
@@ -57,14 +61,12 @@ TimingAsJson = Annotated[
 
 def refuse_timing_options(context: typer.Context) -> None:
     """Raise UserError where an option is typed that only --timing-only heeds."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        panel = getattr(parameter, "rich_help_panel", None)
-        if panel == _PANEL and source and source.name == "COMMANDLINE":
-            told = f"{parameter.opts[0]} goes with --timing-only"
-            if parameter.name == "workers":
-                told += "; to train on so many: --set plan.workers=N"
-            raise UserError(told)
+    option = typed_option(context, _OF_TIMING)
+    if option is not None:
+        told = f"{option} goes with --timing-only"
+        if option == "--workers":
+            told += "; to train on so many: --set plan.workers=N"
+        raise UserError(told)
 
 
 def show_timing(
@@ -104,17 +106,15 @@ def show_timing(
     console.print(
         f"{settings.server.sync.upper()}: each worker commits {workload.model_bytes / 1e6:.1f} MB "
         f"{'once' if commits == 1 else f'{commits} times'} an epoch of "
-        f"{format_count(workload.samples, 'image')}",
-        highlight=False,
+        f"{format_count(workload.samples, 'image')}"
     )
-    console.print(network_line(network, source), highlight=False, soft_wrap=True)
+    console.print(network_line(network, source), soft_wrap=True)
     for table in scaling_tables(scalings, settings.server.sync):
         console.print(table)
     most = max((row.ranks for scaling in scalings for row in scaling.rows), default=0)
     if most < max(counts):
         console.print(
             f"with more than {most:,} workers there is not a sample for each commit of an epoch",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -126,16 +126,19 @@ class ShownAdvice(NamedTuple):
     line: str
 
 
-def topology_advice(settings: Settings, plan: TrainingPlan) -> ShownAdvice:
-    """The topology that suits a plan, from the simulated timing."""
+def topology_advice(settings: Settings, plan: TrainingPlan) -> ShownAdvice | None:
+    """The topology that suits a plan, from the simulated timing; None for all-reduce."""
+    if settings.server.sync == "allreduce":
+        return None
+
     from hpc_hdb.report.scale_tables import advice_line
     from hpc_hdb.run.network import find_network
     from hpc_hdb.run.scale import advise, workload_of
 
     network, source = find_network(settings)
     workload = workload_of(settings, plan.samples, plan.shares.workers)
-    advice = advise(settings, workload, network, plan.shares.workers)
-    line = advice_line(advice, settings.server.sync, source)
+    advice = advise(settings, workload, network, plan.shares.workers * plan.ranks)
+    line = advice_line(advice, settings.server.sync, source, plan.ranks)
     return ShownAdvice(advice.to_dict() | {"network": source}, line)
 
 
@@ -170,4 +173,4 @@ def measure(settings: Settings, output: Path) -> None:
         console.print(network_table(network))
         if launched.size == 2:
             console.print("two ranks do not show what several workers cost: start more")
-        console.print(f"written to {path}", highlight=False, soft_wrap=True)
+        console.print(f"written to {path}", soft_wrap=True)

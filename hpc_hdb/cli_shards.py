@@ -64,7 +64,7 @@ def pack(
             lines.append(f"  all of them: {done.folder / 'manifest.json'}")
         if done.passed_over:
             lines.append(done.passed_over)
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        console.print("\n".join(lines), soft_wrap=True)
     print(f"train on them: --set data.source=shards --set data.path={out}")
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc_hdb.cluster.roles import check_roles, count_workers
-from hpc_hdb.config import Settings, load_settings
-from hpc_hdb.errors import UserError
+from hpc_hdb.cli_options import typed_option
+from hpc_hdb.cluster.roles import check_roles
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings
+from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.report.terminal import find_console
 from hpc_hdb.run.launchers import find_job_launcher
 from hpc_hdb.run.sbatch import Options, check_options, limit_seconds, submit, typed_options
@@ -27,12 +29,13 @@ from hpc_hdb.run.slurm import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hpc_hdb.plan import TrainingPlan
-
 _JOB, _SITE, _RUN = "The job", "The cluster (defaults: site file)", "The run"
+
+_OF_TRAINING = ("nodes", "workers", "server_partition", "chain", "run", "stage", "samples")
 
 
 def slurm(
+    context: typer.Context,
     configs: Annotated[
         list[str],
         typer.Argument(
@@ -177,16 +180,19 @@ def slurm(
     if profile:
         if len(configs) > 1:
             raise UserError("--profile measures for one CONFIG: leave out the others")
+        if option := typed_option(context, _OF_TRAINING):
+            raise UserError(f"{option} is of jobs that train: leave it out beside --profile")
         _write(script, profile_script(job, site, Path("timing.json")), force)
-        console.print("measures batch times on one device, and writes timing.json", highlight=False)
+        console.print("measures batch times on one device, and writes timing.json")
     else:
         _check(job, settings)
         found_launcher = find_job_launcher(site.launcher)
         text = training_script(job, site, found_launcher)
         limit = limit_seconds(site.time or template_option(job.template, "time"))
         lines = [
-            _time_line(config, its, job.workers, samples, limit, site.grace)
+            f"{config}: {line}"
             for config, its in zip(configs, settings, strict=True)
+            for line in _lines_of(its, job.workers, samples, limit, site.grace)
         ]
         if site.launcher == "auto" and found_launcher.kind == "srun":
             lines.append(
@@ -198,19 +204,11 @@ def slurm(
     if submitted:
         number = submit(script)
         console.print(
-            f"submitted {script} as job {number}; watch it with squeue -j {number}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"submitted {script} as job {number}; watch it with squeue -j {number}", soft_wrap=True
         )
     else:
         typed = shlex.quote(str(script))
-        console.print(
-            f"written to {script}; submit it with: sbatch {typed}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        console.print(f"written to {script}; submit it with: sbatch {typed}", soft_wrap=True)
 
 
 def _site(**typed: str | int | None) -> Site:
@@ -234,14 +232,6 @@ def _ranks_per_worker(settings: Settings) -> int:
     """How many ranks a worker takes; with all-reduce every rank counts as one."""
     server = settings.server
     return 1 if server.sync == "allreduce" else server.ranks_per_worker
-
-
-def _workers(settings: Settings, ranks: int) -> int:
-    """Of so many ranks that train, the workers that a plan is made for."""
-    server = settings.server
-    if server.sync == "allreduce":
-        return ranks
-    return count_workers(ranks + server.servers, server.servers, server.ranks_per_worker)
 
 
 def _check(job: Job, settings: Sequence[Settings]) -> None:
@@ -269,32 +259,20 @@ def _check(job: Job, settings: Sequence[Settings]) -> None:
         )
 
 
-def _time_line(
-    config: str, settings: Settings, ranks: int, samples: int | None, limit: float, grace: int
-) -> str:
-    """What is predicted, or why nothing is."""
+def _lines_of(
+    settings: Settings, ranks: int, samples: int | None, limit: float, grace: int
+) -> list[str]:
+    """What is predicted, or why nothing is; and of large batches that may not fit."""
     from hpc_hdb.report.job_tables import time_lines
+    from hpc_hdb.run.planning import count_planned, large_batch_note, plan_beforehand
 
-    plan = _plan(settings, _workers(settings, ranks), samples)
-    if isinstance(plan, str):
-        return f"{config}: no prediction: {plan}"
-    return f"{config}: {time_lines(plan, limit, grace)}"
-
-
-def _plan(settings: Settings, workers: int, samples: int | None) -> TrainingPlan | str:
-    """The plan, or why there is none beforehand."""
-    from hpc_hdb.run.planning import known_timing, make_plan
-    from hpc_hdb.train.data import open_data
-
-    timing = known_timing(settings, workers)
-    if timing is None:
-        return "batch times are measured as the run starts (or beforehand, with --profile)"
-    if samples is None:
-        try:
-            samples = len(open_data(settings.data, "train").labels)
-        except UserError as error:
-            return f"{error} (or give --samples)"
-    return make_plan(settings, workers, samples, timing)
+    workers = count_planned(settings, ranks + settings.server.server_ranks)
+    try:
+        told = time_lines(plan_beforehand(settings, workers, samples), limit, grace)
+    except NotKnownYet as error:
+        told = f"no prediction: {error}"
+    note = large_batch_note(settings)
+    return [told, note] if note else [told]
 
 
 def _write(script: Path, text: str, force: bool) -> None:
@@ -316,4 +294,4 @@ def _show(console: Console, job: Job, site: Site, lines: Sequence[str]) -> None:
 
     console.print(layout_table(job.layout, job.gpus_per_node, site.cpus_per_task))
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

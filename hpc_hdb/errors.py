@@ -13,5 +13,9 @@ class BadImage(UserError):
     """An image that is missing or cannot be decoded; the message names it."""
 
 
+class NotKnownYet(UserError):
+    """What a plan is made of and a run finds out as it starts; the message says how to know it."""
+
+
 class InfeasiblePlan(UserError):
     """No dual-batch plan exists for these numbers; the message names the range that works."""

@@ -254,6 +254,13 @@ def test_an_interrupt_of_mpirun_leaves_a_checkpoint(here: Path) -> None:
     assert_whole(here / "out")
 
 
+def rate_in_plan(out: Path) -> None:
+    """Another learning rate, where it would count for nothing."""
+    plan = json.loads((out / "plan.json").read_text())
+    plan["stages"][0]["learning_rate"] = 0.01
+    (out / "plan.json").write_text(json.dumps(plan))
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -261,9 +268,17 @@ def test_an_interrupt_of_mpirun_leaves_a_checkpoint(here: Path) -> None:
         (lambda out: cut(out / "plan.json"), "out/plan.json is damaged (JSONDecodeError"),
         (lambda out: (out / "plan.json").write_text("[]"), "out/plan.json is damaged (TypeErr"),
         (lambda out: (out / "plan.json").unlink(), "out/plan.json is missing"),
+        (rate_in_plan, "out/plan.json has other learning rates than out/config.toml, whose [sche"),
         (lambda out: [cut(path) for path in checkpoints(out)], "no older whole one"),
     ],
-    ids=["settings of bytes", "plan cut", "plan a list", "plan gone", "checkpoints cut"],
+    ids=[
+        "settings of bytes",
+        "plan cut",
+        "plan a list",
+        "plan gone",
+        "plan's rates",
+        "checkpoints cut",
+    ],
 )
 def test_a_damaged_run_folder_is_refused_as_it_is(
     copy: Path, damage: Callable[[Path], object], told: str

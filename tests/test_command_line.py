@@ -204,22 +204,64 @@ def test_a_plan_and_a_schedule_of_a_configuration_are_shown_as_tables(
 def test_a_profile_writes_the_timing_that_a_plan_reads(
     hdb: Terminal, digits: Path, tmp_path: Path
 ) -> None:
-    told = ["profile", "digits", "--bound", "64", "--output", tmp_path / "timing.json"]
+    output = tmp_path / "of[this]" / "timing.json"  # which is no markup
+    output.parent.mkdir()
+    told = ["profile", "digits", "--bound", "64", "--output", output]
     chosen = sets(*ONE_RESOLUTION, f"data.path='{digits}'")
-    assert "--set plan.timing=" in succeed("hdb", *told, *chosen)
-    measured = json.loads((tmp_path / "timing.json").read_text())
+    assert f"--set plan.timing={output}\n" in succeed("hdb", *told, *chosen)
+    measured = json.loads(output.read_text())
     assert {"device", "threads", "model", "precision", "torch"} < set(measured)
     line = measured["resolutions"]["16"]
     assert list(measured["resolutions"]) == ["16"]
     assert line["seconds_per_image"] > 0
     assert line["overhead"] > 0
     assert [size for size, seconds in line["points"] if seconds > 0] == [4, 7, 12, 21, 37, 64]
-    plan = hdb.json("plan", "digits", *chosen, *sets("plan.timing=timing.json"))
+    plan = hdb.json("plan", "digits", *chosen, *sets(f"plan.timing='{output}'"))
     stage = plan["stages"][0]
     assert stage["large_batch"] == line["large_batch"] == 64
     assert 1 <= stage["small_batch"] <= 64
     share = 1.1 * (line["seconds_per_image"] + line["overhead"] / 64) * 1437 / 3
     assert stage["epoch_seconds"] == pytest.approx(share)
+
+
+BEYOND = (
+    "schedule.large_batch is more than the largest batch of timing.json (64 images at 16 px, "
+    "measured 63): it may not fit; --set 'schedule.large_batch=[]' takes what was measured"
+)
+
+
+def write_timing(folder: Path) -> None:
+    """Largest batches of 63 images at 16 pixels and 64 at 24."""
+    line = {"seconds_per_image": 1e-3, "overhead": 1e-2}
+    lines = {side: line | {"large_batch": batch} for side, batch in ((16, 63), (24, 64))}
+    (folder / "timing.json").write_text(json.dumps({"resolutions": lines}))
+
+
+def test_a_plan_says_where_its_batches_are_larger_than_measured_ones(
+    hdb: Terminal, tmp_path: Path
+) -> None:
+    write_timing(tmp_path)
+    for words in (["plan", "digits"], ["slurm", "digits", "--force"]):
+        words += ["--samples", "1437", *sets("plan.timing=timing.json")]
+        assert hdb(*words).out.count(BEYOND) == 1
+        for right in (
+            sets("schedule.large_batch=[]"),
+            sets("schedule.cyclic=false"),
+            sets("server.ranks_per_worker=2"),  # of which each trains half of the batch
+        ):
+            assert "schedule.large_batch" not in hdb(*words, *right).out
+        assert BEYOND in hdb(*words, *sets("server.sync=allreduce")).out
+
+
+@pytest.mark.parametrize(("command", "ranks"), [("simulate", 0), ("train", 3)])
+def test_a_run_says_where_its_batches_are_larger_than_measured_ones(
+    here: Path, command: str, ranks: int
+) -> None:
+    write_timing(here)
+    out = succeed(
+        "hdb", command, "mine.toml", *sets("plan.timing=timing.json"), ranks=ranks, cwd=here
+    )
+    assert out.count(BEYOND) == 1
 
 
 @pytest.mark.parametrize(

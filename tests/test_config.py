@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_hdb.config import (
-    Settings,
-    load_settings,
-    parse_settings,
-    preset_names,
-    read_settings,
-    tomllib,
-)
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings, parse_settings, preset_names, read_settings, tomllib
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime
 

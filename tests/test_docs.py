@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hpc_hdb.cli import app
-from hpc_hdb.config import Settings, load_settings, preset_names
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import load_settings, preset_names
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from hpc_hdb.config import Schedule, load_settings, parse_settings
+from hpc_hdb.config import Schedule
+from hpc_hdb.config_files import load_settings, parse_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import RateSchedule
 from hpc_hdb.run.build import make_trainer

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hpc_hdb.cli import app
-from hpc_hdb.config import load_settings
+from hpc_hdb.config_files import load_settings
 from hpc_hdb.errors import InfeasiblePlan, UserError
 from hpc_hdb.plan import (
     BatchTime,
@@ -34,7 +34,7 @@ from hpc_hdb.plan import (
     plan_training,
     stage_index,
 )
-from hpc_hdb.plan.rounds import epoch_bounds, split_evenly
+from hpc_hdb.plan.cuts import epoch_bounds, split_evenly
 from hpc_hdb.train.profile import largest_batch, sweep_sizes
 
 FIGURES = {

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from test_command_line import Terminal, hdb
 
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, Stage, plan_training
@@ -29,6 +30,8 @@ from hpc_hdb.report.summary import summarise
 from hpc_hdb.report.tables import plan_lines, plan_table, result_lines, role_table
 from hpc_hdb.report.timeline import worker_rounds
 from hpc_hdb.report.units import format_number, format_seconds, format_together
+
+__all__ = ["hdb"]
 
 PLOTS = {"accuracy", "loss", "roles", "stages", "timeline"}
 
@@ -176,6 +179,15 @@ def test_several_runs_are_compared_and_hostile_names_stay_text(run: Path, tmp_pa
     text = printed(report)
     assert "<script>$&[red]" in text
     assert re.search(r"server.sync\W+asp\W+</td>", text)
+
+
+def test_commands_print_the_path_of_a_run_as_it_is(
+    run: Path, hdb: Terminal, tmp_path: Path
+) -> None:
+    hostile = Path("runs[old]/:cat:")
+    shutil.copytree(run, tmp_path / hostile)
+    assert hdb("evaluate", hostile).out.startswith(f"{hostile}/model.pt: accuracy ")
+    assert f"report: {hostile}/report.html\n" in hdb("report", hostile).out
 
 
 def test_several_runs_are_reported_in_the_current_folder(

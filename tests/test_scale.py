@@ -337,10 +337,13 @@ def test_a_measured_network_is_found_beside_the_timing_and_by_name(
     assert hdb.json(*words)["network"] == vars(NETWORK) | {
         "source": "measured with 3 ranks, network.json"
     }
-    (tmp_path / "network.json").rename(tmp_path / "other.json")
+    (tmp_path / "network.json").rename(tmp_path / "other[one].json")
     assert "assumed" in hdb.json(*words)["network"]["source"]
-    named = hdb.json(*words, "--set", "plan.network=other.json")["network"]
-    assert named["source"] == "measured with 3 ranks, other.json"
+    source = "measured with 3 ranks, other[one].json"
+    named = sets("plan.network=other[one].json")
+    assert hdb.json(*words, *named)["network"]["source"] == source
+    for command in (words, ["plan", *DIGITS]):
+        assert source in hdb(*command, *named).out
 
 
 def test_a_plan_says_where_commits_cut_the_batches(hdb: Terminal) -> None:
@@ -350,6 +353,14 @@ def test_a_plan_says_where_commits_cut_the_batches(hdb: Terminal) -> None:
     images = round(1437 / 3) / 6
     assert f"commits: a round of {images:.0f} images is 2 steps of {images / 2:.0f} at " in cut
     assert "where batches of 64 are planned" in cut
+
+
+def test_a_plan_says_nothing_of_batches_that_nobody_trains(hdb: Terminal) -> None:
+    one = sets("schedule.resolutions=[16]", "schedule.dropout=[0]", "schedule.large_batch=[64]")
+    words = ["plan", "digits", "--samples", "50000", *sets(TIMING), *one]
+    commits = sets("server.commits_per_epoch=620")  # of rounds of 27 images, the small batch
+    assert "where batches of 64 are planned" in hdb(*words, *commits).out
+    assert "commits:" not in hdb(*words, *commits, *sets("plan.small_workers=3")).out
 
 
 def test_a_plan_recommends_the_simplest_topology_that_is_fast(
@@ -370,6 +381,35 @@ def test_a_plan_recommends_the_simplest_topology_that_is_fast(
     advice = hdb.json("plan", *DIGITS, "--workers", "64", *sets("plan.small_workers=0"))["topology"]
     assert (advice["name"], advice["ranks_per_worker"]) == ("grouped", 8)
     assert advice["epoch_seconds"] < advice["star_epoch_seconds"]
+
+
+def test_ranks_that_share_a_batch_are_timed_as_so_many_of_a_part_of_it(hdb: Terminal) -> None:
+    words = ["digits", "--samples", "50000", *sets(TIMING)]
+    shared = sets("server.ranks_per_worker=8", "plan.workers=16", "plan.small_workers=4")
+    alone = sets("schedule.large_batch=[8,8]", "plan.workers=128", "plan.small_workers=32")
+    simulate = ["simulate", *words, "--timing-only", "--workers", "4,128"]
+    assert hdb.json(*simulate, *shared) == hdb.json(*simulate, *alone)
+    plan = hdb.json("plan", *words, *shared)
+    assert (plan["workers"], plan["ranks_per_worker"]) == (16, 8)
+    assert plan["topology"] == hdb.json("plan", *words, *alone)["topology"]
+    assert "with 128 workers of one rank" in hdb("plan", *words, *shared).out
+
+
+def test_a_measured_batch_is_a_ranks_however_many_share_it(hdb: Terminal, tmp_path: Path) -> None:
+    line = {"seconds_per_image": 1e-3, "overhead": 1e-2, "large_batch": 32}
+    (tmp_path / "timing.json").write_text(json.dumps({"resolutions": {"16": line, "24": line}}))
+    measured = sets("plan.timing=timing.json", "schedule.large_batch=[]")
+    words = ["simulate", *DIGITS[:3], *measured, "--timing-only", "--workers", "4"]
+    assert hdb.json(*words) == hdb.json(*words, *sets("server.ranks_per_worker=8"))
+
+
+def test_all_reduce_has_a_plan_and_no_topology(hdb: Terminal) -> None:
+    words = ["plan", *DIGITS, *sets("server.sync=allreduce")]
+    plan = hdb.json(*words)
+    assert (plan["workers"], plan["ranks_per_worker"], plan["topology"]) == (1, 3, None)
+    answer = hdb(*words)
+    assert answer.status == 0
+    assert "topology" not in answer.out
 
 
 @pytest.mark.parametrize(
@@ -394,10 +434,15 @@ def test_an_error_is_one_line_that_says_what_to_do(
     assert told in hdb.refused("simulate", *words, "--timing-only")
 
 
-@pytest.mark.parametrize("option", ["--workers=8", "--jitter=0", "--json"])
+@pytest.mark.parametrize("option", ["--workers=8", "--jitter=0.05", "--json"])
 def test_options_of_the_timing_are_not_ignored(hdb: Terminal, option: str) -> None:
     told = hdb.refused("simulate", "digits", option)
     assert told.startswith(f"hdb: {option.partition('=')[0]} goes with --timing-only")
+
+
+def test_the_network_has_no_batches(hdb: Terminal) -> None:
+    told = hdb.refused("profile", "digits", "--network", "--bound", "64")
+    assert told.startswith("hdb: --bound is of batch times, not of the network")
 
 
 def test_the_network_cannot_be_measured_without_a_launcher(hdb: Terminal) -> None:

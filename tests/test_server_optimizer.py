@@ -18,7 +18,8 @@ from programs.runs import KINDS, PROGRAMS, assert_same_bits, final_model
 from rich.console import Console
 from torch import Tensor, nn
 
-from hpc_hdb.config import Schedule, Server, load_settings, read_settings
+from hpc_hdb.config import Schedule, Server
+from hpc_hdb.config_files import load_settings, read_settings
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.run.build import make_trainer
 from hpc_hdb.run.evaluation import evaluate_run

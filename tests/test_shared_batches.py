@@ -17,7 +17,7 @@ from hpc_hdb.cluster.roles import count_workers, place_workers
 from hpc_hdb.config import Data, Model, Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime
-from hpc_hdb.plan.rounds import rows_of
+from hpc_hdb.plan.cuts import rows_of
 from hpc_hdb.run.planning import known_timing, make_plan
 from hpc_hdb.train.data import open_data
 from hpc_hdb.train.loader import make_loader

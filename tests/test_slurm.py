@@ -213,7 +213,7 @@ def test_the_documented_commands_follow_one_another(
     page = (ROOT / "docs/slurm.md").read_text()
     lines = [
         shlex.split(line, comments=True)[1:]
-        for line in re.findall(r"```\n(.*?)```", page, re.S)[0].splitlines()
+        for line in re.findall(r"```\n(.*?)```", page.replace("\\\n", ""), re.S)[0].splitlines()
         if line.startswith("hdb slurm")
     ]
     assert len(lines) == 2
@@ -410,6 +410,23 @@ def test_the_predicted_time_is_shown_beside_the_limit(hdb: Terminal, time: str, 
     assert told in out
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["digits"], 'plan.timing = "profile" is measured when a run starts'),
+        (
+            ["cifar100", *sets("plan.timing={24=[1e-3,1e-2],32=[1e-3,1e-2]}")],
+            "cifar100 is not in data, or corrupted",
+        ),
+    ],
+    ids=["times", "images"],
+)
+def test_what_is_not_known_yet_leaves_no_prediction(
+    hdb: Terminal, words: list[str], reason: str
+) -> None:
+    assert f"{words[0]}: no prediction: {reason}" in hdb("slurm", *words).out
+
+
 def test_time_limits_are_those_of_slurm() -> None:
     for text, seconds in {
         "90": 5400, "1:30": 90, "2:00:00": 7200, "1-12": 129600, "1-0:30": 88200,
@@ -450,6 +467,13 @@ def test_time_limits_are_those_of_slurm() -> None:
         (["digits", "--sbatch", "signal=TERM"], "hdb slurm has the site file's grace for that"),
         (["digits", "cifar10", "--chain"], "several CONFIGs and --chain do not go together"),
         (["digits", "cifar10", "--profile"], "--profile measures for one CONFIG"),
+        (["digits", "--profile", "--chain"], "--chain is of jobs that train: leave it out"),
+        (["digits", "--profile", "--stage"], "--stage is of jobs that train"),
+        (["digits", "--profile", "--nodes", "1"], "--nodes is of jobs that train"),
+        (["digits", "--profile", "--server-partition", "cpu"], "--server-partition is of jobs"),
+        (["digits", "--profile", "--run", "runs/one"], "--run is of jobs that train"),
+        (["digits", "--profile", "--workers", "3"], "--workers is of jobs that train"),
+        (["digits", "--profile", "--samples", "99"], "--samples is of jobs that train"),
         (["digits", "--set", "plan.small_workers=9"], "does not fit the 3 workers"),
         (["digits", "--set", "plan.timing=gone.json"], "no timing file gone.json"),
         (["digits", "--output", "gone/job.sbatch"], "cannot write gone/job.sbatch"),

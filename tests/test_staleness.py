@@ -13,7 +13,8 @@ from conftest import events, succeed
 from programs.runs import PROGRAMS, leads
 
 from hpc_hdb.cluster.virtual import VirtualCluster
-from hpc_hdb.config import Settings, parse_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.run.build import make_evaluator, make_trainer
 from hpc_hdb.run.planning import known_timing, make_plan
 from hpc_hdb.train.checkpoint import load_checkpoint

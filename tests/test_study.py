@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from conftest import succeed
 
-from hpc_hdb.config import load_settings, parse_settings, tomllib
+from hpc_hdb.config_files import load_settings, parse_settings, tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "benchmarks/accuracy/study.py"

@@ -29,7 +29,7 @@ from programs.runs import (
 
 from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.cluster.slices import share_of_sum
-from hpc_hdb.config import read_settings
+from hpc_hdb.config_files import read_settings
 from hpc_hdb.run.build import make_trainer
 from hpc_hdb.train.data import open_data
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, Sheet, hdb, run
 
 from accuracy.results import Run, plot, table, verdicts
-from hpc_hdb.config import Settings, parse_settings, read_settings, tomllib
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import parse_settings, read_settings, tomllib
 
 ROWS = Path(__file__).with_name("rows.toml")
 _CHOOSES = "half"

@@ -32,7 +32,7 @@ from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.cluster.mpi import wait_until
 from hpc_hdb.cluster.roles import place_workers
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan.rounds import rows_of
+from hpc_hdb.plan.cuts import rows_of
 
 _LEADER = 0
 _WATCH_SECONDS = 1.0

@@ -29,7 +29,7 @@ from hpc_hdb.cluster.mpi import (
     SPIN_SECONDS,
     wait_until,
 )
-from hpc_hdb.cluster.mpi_slices import MpiSliceLink, Place
+from hpc_hdb.cluster.mpi_slices import Endpoint, MpiSliceLink
 from hpc_hdb.cluster.roles import SERVER
 from hpc_hdb.cluster.slices import Slices
 from hpc_hdb.errors import UserError
@@ -63,7 +63,7 @@ class MpiServerLink(MpiSliceLink):
     ) -> None:
         super().__init__(comm, servers)
         for worker, processes in (partners or {}).items():
-            self._places[worker].processes.extend(processes)
+            self._endpoints[worker].processes.extend(processes)
         self._recruit = recruit
         self.present = set(range(1, self.workers + 1))
         self._start = time.perf_counter()
@@ -114,15 +114,16 @@ class MpiServerLink(MpiSliceLink):
         if failed and min(failed) < self.servers:
             raise MPI.Exception(MPI.ERR_PROC_FAILED)  # a server, and its slice of the model with it
         for worker in sorted(self.present):
-            place = self._places[worker]
-            if place.rank in (failed if place.comm is self._comm else failed_ranks(place.comm)):
+            endpoint = self._endpoints[worker]
+            here = endpoint.comm is self._comm
+            if endpoint.rank in (failed if here else failed_ranks(endpoint.comm)):
                 self._forget(worker)
 
     def _listen(self, worker: int) -> MPI.Prequest:
         """Wait for the worker's next report."""
-        place = self._places[worker]
+        endpoint = self._endpoints[worker]
         data = [self._reports[worker - 1], MPI.BYTE]
-        request = place.comm.Recv_init(data, place.rank, REPORT)
+        request = endpoint.comm.Recv_init(data, endpoint.rank, REPORT)
         request.Start()
         return request
 
@@ -134,18 +135,18 @@ class MpiServerLink(MpiSliceLink):
             self._requests[worker - 1] = MPI.Prequest()
 
     def order(self, worker: int, order: Order) -> None:
-        place = self._places[worker]
-        self._post(place.comm, order.pack(), place.rank, ORDER)
+        endpoint = self._endpoints[worker]
+        self._post(endpoint.comm, order.pack(), endpoint.rank, ORDER)
 
     def fence(self, worker: int) -> None:
-        place = self._places[worker]
+        endpoint = self._endpoints[worker]
         if not tolerates_failures():
             raise UserError(
-                f"worker {worker} ({place.processes[0]}) does not answer, and the MPI of this job "
-                "has no fault tolerance with which to go on without it (mpirun --with-ft ulfm); "
-                "resume the run"
+                f"worker {worker} ({endpoint.processes[0]}) does not answer, and the MPI of this "
+                "job has no fault tolerance with which to go on without it (mpirun --with-ft "
+                "ulfm); resume the run"
             )
-        leader, *partners = place.processes
+        leader, *partners = endpoint.processes
         if not leader.kill():
             self._forget(worker)  # it went without a word to MPI
         for partner in partners:
@@ -155,13 +156,13 @@ class MpiServerLink(MpiSliceLink):
         comm = self._recruit(worker, self._addresses) if self._recruit else None
         if comm is None:
             return False
-        self._places[worker] = Place(comm, 1, addresses(comm)[1:])
+        self._endpoints[worker] = Endpoint(comm, 1, addresses(comm)[1:])
         self._requests[worker - 1] = self._listen(worker)
         self.present.add(worker)
         return True
 
     def regroup(self, newcomers: Sequence[int]) -> bool:
-        return self._regroup([self._places[worker].comm for worker in newcomers])
+        return self._regroup([self._endpoints[worker].comm for worker in newcomers])
 
     def distribute(self, model: Tensor) -> Tensor:
         for server in range(1, self.servers):
@@ -210,8 +211,8 @@ class MpiServerLink(MpiSliceLink):
 
     def interrupt(self) -> None:
         for worker in self.present:
-            place = self._places[worker]
-            self._post(place.comm, bytearray(0), place.rank, INTERRUPT)
+            endpoint = self._endpoints[worker]
+            self._post(endpoint.comm, bytearray(0), endpoint.rank, INTERRUPT)
 
 
 class MpiFollowerLink(MpiSliceLink):

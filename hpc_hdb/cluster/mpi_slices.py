@@ -39,7 +39,7 @@ class _Sending:
     data: Tensor | bytearray
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """Where a worker is reached, and the processes of its ranks, the leader's first."""
 
     comm: MPI.Intracomm
@@ -59,8 +59,8 @@ class MpiSliceLink:
         self._comm = comm
         self._groups = Groups.split(comm, servers)
         self._addresses = addresses(comm)
-        self._places = {
-            rank - servers + 1: Place(comm, rank, [self._addresses[rank]])
+        self._endpoints = {
+            rank - servers + 1: Endpoint(comm, rank, [self._addresses[rank]])
             for rank in range(servers, comm.size)
         }
         self._sending: list[_Sending] = []
@@ -73,12 +73,12 @@ class MpiSliceLink:
         return self._begin
 
     async def receive(self, worker: int, out: Tensor) -> AsyncIterator[slice]:
-        place = self._places[worker]
+        endpoint = self._endpoints[worker]
         requests: deque[MPI.Request] = deque()
         try:
             for number, part in enumerate(self.parts):
                 for ahead in self.parts[number + len(requests) : number + _AHEAD]:
-                    requests.append(place.comm.Irecv(out[ahead], place.rank, MODEL))
+                    requests.append(endpoint.comm.Irecv(out[ahead], endpoint.rank, MODEL))
                 if not wait_until(requests[0].Test, self.patience):
                     self.fence(worker)
                     if not wait_until(requests[0].Test, _DEATH_SECONDS):
@@ -92,8 +92,8 @@ class MpiSliceLink:
             raise WorkerLost(worker) from None
 
     def send(self, worker: int, model: Tensor, part: slice) -> None:
-        place = self._places[worker]
-        self._keep(place.comm, model[part], place.rank, MERGED, model)
+        endpoint = self._endpoints[worker]
+        self._keep(endpoint.comm, model[part], endpoint.rank, MERGED, model)
 
     async def reduce(self, out: Tensor) -> AsyncIterator[slice]:
         group = self._groups.of_server[self._comm.rank]

@@ -70,6 +70,10 @@ class RateSchedule:
             return self.rate * (1 - done)
         return self.rate * (1 + math.cos(math.pi * done)) / 2
 
+    def of_stage(self, start: int) -> float:
+        """The rate by which a stage is known: as it begins, without warm-up; of 12 digits."""
+        return float(f"{self.decayed(start):.12g}")
+
     def of_round(self, start: float, end: float) -> tuple[float, float]:
         """The rate at both ends of a round that lasts from epoch `start` to `end`.
 

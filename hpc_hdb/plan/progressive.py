@@ -129,7 +129,7 @@ def cut_stages(
                 Stage(
                     begin,
                     start + (end - start) * (position + 1) // len(chosen),
-                    float(f"{rates.decayed(begin):.12g}"),
+                    rates.of_stage(begin),
                     resolution,
                     probability,
                     batch,

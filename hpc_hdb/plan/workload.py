@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hpc_hdb.errors import InfeasiblePlan
 from hpc_hdb.plan.batch_time import BatchTime
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.plan.dual_batch import Group
 from hpc_hdb.plan.network import (
     Network,
@@ -16,7 +17,6 @@ from hpc_hdb.plan.network import (
     reduction_seconds,
 )
 from hpc_hdb.plan.progressive import Stage
-from hpc_hdb.plan.rounds import split_evenly
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.training import TrainingPlan, plan_training
 
@@ -40,13 +40,14 @@ class GroupRound:
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run, for any number of workers.
+    """A training run, for any number of workers of one rank each.
 
     Attributes
     ----------
     stages : sequence of Stage
+        With the large batch of a rank.
     timing : mapping of int to BatchTime
-        By resolution.
+        Of a rank, by resolution.
     samples : int
         Training images per epoch.
     small_share : float

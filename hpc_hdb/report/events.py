@@ -32,7 +32,7 @@ through a resume). Events by name:
 - ``irreplaceable``: ``commit``, ``worker``: no process could be started in its place
 - ``called_off``: ``commit``, ``worker``: its replacement had not joined when all was done
 - ``plan``: ``commit``, ``from_epoch``, ``total`` (commits of the whole run), and what plan.json
-  holds but the timing: the plan for the workers that are left
+  holds but the timing, with learning rates: the plan for the workers that are left
 - ``adapted``: as ``plan``, and ``slowness``, each worker's time relative to the predicted one, by
   which the shares of the epochs from then on are cut
 - ``leave``: ``worker``, ``group``, and the seconds since its last commit

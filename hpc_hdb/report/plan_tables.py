@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from hpc_hdb.config import Schedule
-from hpc_hdb.plan import DualBatchPlan, Stage, TrainingPlan, scale_rate
+from hpc_hdb.plan import DualBatchPlan, Group, Stage, TrainingPlan, scale_rate
 from hpc_hdb.report.units import format_count
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def commit_note(plan: TrainingPlan, commits_per_epoch: int) -> str:
     shares = plan.shares
     cuts = []
     for stage in plan.stages:
-        for batch, share in (
-            (stage.large_batch, shares.large_share),
-            (stage.small_batch, shares.small_share),
+        for group, batch, share in (
+            (Group.LARGE, stage.large_batch, shares.large_share),
+            (Group.SMALL, stage.small_batch, shares.small_share),
         ):
-            if batch:
+            if batch and shares.size(group):
                 images = share / commits_per_epoch
                 steps = math.ceil(images / batch)
                 cuts.append((images / steps / batch, stage.resolution, images, steps, batch))

@@ -88,10 +88,18 @@ def network_table(network: Network) -> TextTable:
     return TextTable("Network", ("constant", "measured"), rows)
 
 
-def advice_line(advice: Advice, sync: str, source: str) -> str:
-    """The recommended topology and why, in one line."""
+def advice_line(advice: Advice, sync: str, source: str, ranks_per_worker: int) -> str:
+    """The recommended topology and why, in one line.
+
+    Parameters
+    ----------
+    sync, ranks_per_worker
+        Of the plan that is advised on.
+    source : str
+        Where the network's constants are from.
+    """
     star, row, topology = advice.star, advice.row, advice.topology
-    workers = format_count(star.ranks, "worker")
+    workers = format_count(star.ranks, "worker") + (" of one rank" if ranks_per_worker > 1 else "")
     limit = ""
     if advice.saturation is not None:
         limit = f", and {'outweighs training' if sync == 'bsp' else 'saturates'} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,19 +12,23 @@ from rich.console import Console
 _PLAIN_WIDTH = 100
 _RANK_VARIABLE = "OMPI_COMM_WORLD_SIZE"
 
+_PlainConsole = functools.partial(Console, markup=False, emoji=False, highlight=False)
+
 
 def find_console() -> Console:
     """A console that draws bars where somebody watches, and plain lines elsewhere.
+
+    What it prints stays as it is: a path may hold what rich takes for markup.
 
     ``mpirun`` gives its ranks pseudo-terminals or pipes of their own, so that asking the
     rank's standard output is misleading: the launcher's is looked at instead.
     """
     if _RANK_VARIABLE not in os.environ:
-        return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+        return _PlainConsole(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     size = _launcher_terminal()
     if size is None:
-        return Console(force_terminal=False, width=_PLAIN_WIDTH)
-    return Console(force_terminal=True, width=size.columns, height=size.lines)
+        return _PlainConsole(force_terminal=False, width=_PLAIN_WIDTH)
+    return _PlainConsole(force_terminal=True, width=size.columns, height=size.lines)
 
 
 def _launcher_terminal() -> os.terminal_size | None:

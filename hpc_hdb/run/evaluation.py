@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hpc_hdb.config import read_settings
+from hpc_hdb.config_files import read_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.report.progress import damage_line
 from hpc_hdb.run.build import choose_place, make_evaluator

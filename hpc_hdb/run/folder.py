@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipelines.files import write_whole
-from hpc_hdb.config import Settings, read_settings
+from hpc_hdb.config import Settings
+from hpc_hdb.config_files import read_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.run.lock import FolderLock
@@ -154,23 +155,31 @@ class RunFolder:
             If it cannot be written.
         """
         with _to_be_written(self.path):
-            self._write("plan.json", json.dumps(plan.to_dict(), indent=2) + "\n")
+            self.write_json("plan.json", _without_rates(plan.to_dict()))
             self._write("config.toml", settings.to_toml())
         self._begun = True
 
-    def read_plan(self, time_ratio: float) -> TrainingPlan | None:
+    def read_plan(self, settings: Settings) -> TrainingPlan | None:
         """The plan that the run was started with; None for a new run.
+
+        Its learning rates are those of the settings.
 
         Raises
         ------
         UserError
-            If it is missing or damaged.
+            If it is missing or damaged, or has other learning rates.
         """
         if not self.resumed:
             return None
         path = self.path / "plan.json"
+        rates = settings.schedule.rates()
         try:
-            plan = TrainingPlan.from_dict(json.loads(path.read_text()), time_ratio)
+            values = json.loads(path.read_text())
+            stages = [
+                {"learning_rate": rates.of_stage(stage["start_epoch"])} | stage
+                for stage in values["stages"]
+            ]
+            plan = TrainingPlan.from_dict(values | {"stages": stages}, settings.plan.time_ratio)
         except Exception as error:  # a damaged file raises whatever its bytes lead to
             what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
             again = _quoted(self.path / "config.toml")
@@ -178,6 +187,11 @@ class RunFolder:
                 f"{path} {what} ({type(error).__name__}: {error}): start the run again with "
                 f"hdb train {again} --set run.output=..."
             ) from None
+        if any(rates.of_stage(stage.start_epoch) != stage.learning_rate for stage in plan.stages):
+            raise UserError(
+                f"{path} has other learning rates than {self.path / 'config.toml'}, whose "
+                "[schedule] counts: set them there, and take learning_rate out of the plan's stages"
+            )
         return plan
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
@@ -186,6 +200,15 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.path / name, text.encode())
+
+
+def _without_rates(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan's values without what the settings say at every moment of a run."""
+    stages = [
+        {key: value for key, value in stage.items() if key != "learning_rate"}
+        for stage in plan["stages"]
+    ]
+    return plan | {"stages": stages}
 
 
 @contextlib.contextmanager

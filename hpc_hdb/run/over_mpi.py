@@ -25,7 +25,7 @@ from hpc_hdb.cluster.link import WorkerLink, complete
 from hpc_hdb.cluster.mpi import wait_until, world
 from hpc_hdb.cluster.mpi_server import MpiFollowerLink, MpiServerLink
 from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
-from hpc_hdb.cluster.roles import SERVER, check_roles, count_workers
+from hpc_hdb.cluster.roles import SERVER, check_roles
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
@@ -44,8 +44,10 @@ from hpc_hdb.run.build import (
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
     check_resumed_data,
+    count_planned,
     fit_sweeps,
     known_timing,
+    large_batch_note,
     make_plan,
     sweeps,
     time_sweeps,
@@ -123,17 +125,19 @@ def _run(
     progress: Progress,
     data_copy: Path | None,
 ) -> int:
-    plan = folder.read_plan(settings.plan.time_ratio)
+    plan = folder.read_plan(settings)
     if plan is not None:
         check_resumed_ranks(plan, settings, comm.size, folder)
     _check_threads(settings)
-    workers = _workers(comm.size, settings)
+    workers = count_planned(settings, comm.size)
     own = settings
     if data_copy is not None:
         data_there = settings.data.model_copy(update={"path": data_copy})
         settings = settings.model_copy(update={"data": data_there})
     prepare_data(settings.data)
     timing = None if plan else known_timing(settings, workers)
+    if plan is None and (note := large_batch_note(settings)):
+        progress.note(note)
     sizes = {} if plan or timing else sweeps(settings, workers)
     job = {
         "settings": settings.model_dump(mode="json"),
@@ -270,17 +274,6 @@ def _check_threads(settings: Settings) -> None:
             "(MPI_THREAD_MULTIPLE), which this one lacks or was started without: leave "
             'MPI4PY_RC_THREAD_LEVEL unset, load an MPI built with threads, or set it to "report"'
         )
-
-
-def _workers(ranks: int, settings: Settings) -> int:
-    """How many workers so many ranks make; with all-reduce, the ranks that share a batch.
-
-    Raises UserError where they do not divide.
-    """
-    server = settings.server
-    if server.sync == "allreduce":
-        return ranks
-    return count_workers(ranks, server.servers, server.ranks_per_worker)
 
 
 def check_resumed_ranks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ from hpc_hdb.plan.network import Network
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.workload import Workload
 from hpc_hdb.run.build import make_model
-from hpc_hdb.run.planning import known_timing, stages_with_batches
-from hpc_hdb.train.data import open_data
+from hpc_hdb.run.planning import (
+    known_beforehand,
+    rank_timing,
+    stages_with_batches,
+    training_images,
+)
 from hpc_hdb.train.parameters import FlatModel
 
 _SERVERS = (2, 4, 8, 16, 32, 64)
@@ -63,7 +67,9 @@ class Scaling:
 
 
 def workload_of(settings: Settings, samples: int | None, workers: int | None = None) -> Workload:
-    """What a configuration's ranks train and commit.
+    """What a configuration's ranks train and commit, each by itself.
+
+    Of ranks that are to share a batch each has its part of it as its own.
 
     Parameters
     ----------
@@ -82,16 +88,16 @@ def workload_of(settings: Settings, samples: int | None, workers: int | None = N
         raise UserError(
             f'server.sync = "{settings.server.sync}" has no commits to time: choose asp, bsp or ssp'
         )
-    timing = known_timing(settings)
-    if timing is None:
-        raise UserError(
-            'plan.timing = "profile" is measured when a run starts: for its timing beforehand '
-            "write timing.json with 'hdb profile', then --set plan.timing=timing.json"
-        )
-    data = None if samples else open_data(settings.data, "train")
+    timing = known_beforehand(rank_timing(settings))
+    shared = settings.server.ranks_per_worker
+    stages = [
+        replace(stage, large_batch=stage.large_batch and -(-stage.large_batch // shared))
+        for stage in stages_with_batches(settings)
+    ]
+    data = None if samples else training_images(settings)
     classes = len(data.classes) if data else guess_classes(settings)
     return Workload(
-        stages_with_batches(settings),
+        stages,
         timing,
         samples or len(data.labels if data else ()),
         settings.plan.small_workers / (workers or settings.plan.workers),

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from hpc_hdb.config_files import nearest, read_toml, wrong_value
 from hpc_hdb.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 class Site(BaseModel):
@@ -78,15 +72,11 @@ def load_site() -> Site:
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     path = Path(chosen) if chosen else Path(config) / "hpc-hdb" / "site.toml"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = read_toml(path)
     except FileNotFoundError:
         if chosen:
             raise UserError(f"HDB_SITE names {chosen}, and there is no such file") from None
         return Site()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
     try:
         return Site.model_validate(values)
     except ValidationError as error:
@@ -97,9 +87,5 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        known = list(Site.model_fields)
-        near = difflib.get_close_matches(key, known, n=1)
-        right = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
-        return f"unknown key '{key}'; {right}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+        return f"unknown key '{key}'{nearest(key, list(Site.model_fields))}"
+    return wrong_value(key, problem["msg"], problem["input"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from hpc_hdb.cluster.link import WorkerLink, complete
 from hpc_hdb.cluster.messages import OrderKind, Report, ReportKind
 from hpc_hdb.cluster.mpi import wait_until
 from hpc_hdb.cluster.mpi_server import MpiServerLink
 from hpc_hdb.cluster.mpi_worker import MpiWorkerLink
 from hpc_hdb.cluster.roles import SERVER
-from hpc_hdb.config import parse_settings
+from hpc_hdb.config_files import parse_settings
 from hpc_hdb.plan import BatchTime, plan_training
 from hpc_hdb.report.events import EventLog
 from hpc_hdb.train.evaluate import Evaluation
@@ -61,7 +61,7 @@ def time_rounds(
         commits = _serve(members, size, sync, rounds)
     elif comm.rank <= workers:
         link = MpiWorkerLink(members)
-        _drive(_commit_rounds(link, torch.zeros(size), sync == "bsp", pause))
+        complete(commit_rounds(link, torch.zeros(size), sync == "bsp", pause))
     if comm.rank <= workers:
         members.Free()
     rest(comm)
@@ -99,18 +99,18 @@ def _serve(comm: MPI.Intracomm, size: int, sync: str, rounds: int) -> list[float
             plan,
             settings,
             torch.zeros(size),
-            _NoEvaluator(),  # type: ignore[arg-type]
+            NoEvaluator(),  # type: ignore[arg-type]
             emit,
             checkpoints=None,
             inline=True,
         )
-        _drive(server.run())
+        complete(server.run())
         log.close()
     link.close()
     return commits
 
 
-class _NoEvaluator:
+class NoEvaluator:
     """Stands in for the evaluation that a run ends with."""
 
     def evaluate(self, model: Tensor) -> Evaluation:
@@ -120,28 +120,34 @@ class _NoEvaluator:
         return []
 
 
-async def _commit_rounds(
-    link: MpiWorkerLink, model: Tensor, bulk_synchronous: bool, pause: float
-) -> None:
-    """The loop of `hpc_hdb.train.worker.run_worker`, asleep instead of training."""
+async def commit_rounds(
+    link: WorkerLink, model: Tensor, bulk_synchronous: bool, pause: float
+) -> list[float]:
+    """The loop of `hpc_hdb.train.worker.run_worker`, asleep instead of training.
+
+    Parameters
+    ----------
+    pause : float
+        Seconds of sleep before each commit.
+
+    Returns
+    -------
+    list of float
+        Seconds of each commit, from which a model comes back but for the last.
+    """
     commit = link.report if bulk_synchronous else link.exchange
     order = await link.report(Report(ReportKind.JOIN), model)
+    seconds = []
     while order.kind == OrderKind.TRAIN:
         if pause:
             time.sleep(pause)
+        start = time.perf_counter()
         order = await commit(Report(ReportKind.COMMIT, order.small, order.index), model)
+        seconds.append(time.perf_counter() - start)
     await link.leave(Report(ReportKind.LEAVE))
+    return seconds
 
 
 def rest(comm: MPI.Intracomm) -> None:
     """Wait for all ranks without taking a core from those that are still measuring."""
     wait_until(comm.Ibarrier().Test)
-
-
-def _drive(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Run a coroutine that never suspends: over MPI, awaited calls block."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    raise RuntimeError("an MPI link has suspended")

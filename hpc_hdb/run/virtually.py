@@ -21,10 +21,11 @@ from hpc_hdb.run.build import (
 )
 from hpc_hdb.run.folder import RunFolder, results_in
 from hpc_hdb.run.planning import (
-    Crew,
+    WorkerCounts,
     check_resumed_data,
     fit_sweeps,
     known_timing,
+    large_batch_note,
     make_plan,
     sweeps,
     time_sweeps,
@@ -78,10 +79,12 @@ def _run(settings: Settings, folder: RunFolder, progress: Progress) -> int:
     data = open_data(settings.data, "train")
     note_loading(data, settings, place.device, progress.note)
     evaluator = make_evaluator(settings, place.device, data.classes, note=progress.note)
-    plan = folder.read_plan(settings.plan.time_ratio)
-    ranks = Crew.of(settings, None).ranks
+    plan = folder.read_plan(settings)
+    ranks = WorkerCounts.of(settings, None).ranks
     if plan is None:
         timing = known_timing(settings)
+        if note := large_batch_note(settings):
+            progress.note(note)
         if timing is None:
             sizes = sweeps(settings)
             progress.note("measuring batch times ...")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.parameters import FlatModel

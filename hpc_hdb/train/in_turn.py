@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hpc_hdb.plan.rounds import rows_of
+from hpc_hdb.plan.cuts import rows_of
 from hpc_hdb.train.model import set_rows
 
 

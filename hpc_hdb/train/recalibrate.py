@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.train.loader import Loader
 
 _STREAM = 2**32 - 1

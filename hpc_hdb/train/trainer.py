@@ -16,7 +16,7 @@ from torch.nn import functional
 from hpc_hdb.cluster.messages import Order, Report, ReportKind
 from hpc_hdb.config import Train
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.train.in_turn import backward_in_turn
 from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.memory import free_memory, room_for

@@ -8,7 +8,7 @@ from typing import Any
 from hpc_hdb.cluster.messages import Order, OrderKind, Report
 from hpc_hdb.config import Settings
 from hpc_hdb.plan import Group, RoundBook, TrainingPlan
-from hpc_hdb.plan.rounds import split_evenly
+from hpc_hdb.plan.cuts import split_evenly
 from hpc_hdb.train.server_optimizer import Pace, pace_of
 
 
@@ -49,7 +49,7 @@ class Work:
         ----------
         workers, small_workers : int
         slowness : sequence of float, optional
-            As in `hpc_hdb.plan.rounds.epoch_bounds`.
+            As in `hpc_hdb.plan.cuts.epoch_bounds`.
 
         Returns
         -------

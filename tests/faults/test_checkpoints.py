@@ -117,6 +117,17 @@ def test_a_run_goes_back_to_the_best(here: Path) -> None:
     assert best["commit"] < resume["commit"] < int(newest[0].stem), "it goes on, not back again"
 
 
+def test_a_run_goes_on_at_another_learning_rate(here: Path) -> None:
+    config = here / "out" / "config.toml"
+    changed = config.read_text().replace("learning_rate = 0.02", "learning_rate = 0.005")
+    config.write_text(changed)
+    before = len(events(here / "out"))
+    until_resumed(here, *RESUME, "--best")
+    later = events(here / "out")[before:]
+    rates = {e["learning_rate"] for e in later if e["event"] in ("stage", "commit")}
+    assert rates == {0.005}
+
+
 def test_damaged_checkpoints_are_told_of_and_the_one_before_counts(here: Path) -> None:
     out = here / "out"
     oldest, middle, newest = checkpoints(out)

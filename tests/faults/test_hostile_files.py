@@ -39,7 +39,7 @@ from PIL import Image
 from rich.console import Console
 
 from dali_pipelines.shards import ShardError, Shards
-from hpc_hdb.config import load_settings, parse_settings
+from hpc_hdb.config_files import load_settings, parse_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, fit_batch_time
 from hpc_hdb.plan.network import ASSUMED
@@ -129,7 +129,7 @@ def use_settings_and_plan(real: Real, name: str) -> None:
     (real.folder / "out" / HEARTBEAT).unlink(missing_ok=True)
     folder, settings = RunFolder.reopen(real.folder / "out", False, print)
     with folder:
-        plan = folder.read_plan(settings.plan.time_ratio)
+        plan = folder.read_plan(settings)
         assert plan is not None
         assert math.isfinite(plan.predicted_seconds())
 

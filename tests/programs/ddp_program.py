@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_hdb.config import read_settings
+from hpc_hdb.config_files import read_settings
 from hpc_hdb.train.data import open_data
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (
@@ -28,6 +28,7 @@ MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (
 def main() -> None:
     run = Path(sys.argv[1])
     settings = read_settings(run / "config.toml")
+    rates = settings.schedule.rates()
     stages = json.loads((run / "plan.json").read_text())["stages"]
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -39,7 +40,7 @@ def main() -> None:
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=settings.train.weight_decay
     )
     for stage in stages:
-        optimizer.param_groups[0]["lr"] = stage["learning_rate"]
+        optimizer.param_groups[0]["lr"] = rates.of_stage(stage["start_epoch"])
         own = stage["large_batch"] // ranks
         for epoch in range(stage["start_epoch"], stage["end_epoch"]):
             order = np.random.default_rng([settings.run.seed, epoch]).permutation(len(data.labels))
