@@ -27,6 +27,7 @@ from hpc_hdb.report.report import Report, write_report
 from hpc_hdb.report.runs import load_runs
 from hpc_hdb.report.summary import summarise
 from hpc_hdb.report.tables import plan_lines, plan_table, result_lines, role_table
+from hpc_hdb.report.time_plots import plot_roles
 from hpc_hdb.report.timeline import worker_rounds
 from hpc_hdb.report.units import format_number, format_seconds, format_together
 
@@ -228,6 +229,16 @@ def test_stages_and_roles_are_what_a_hand_count_gives() -> None:
     assert summary["overhead"] == pytest.approx(1 - (4.2 + 7.1) / 16)
     server = {"workers": 1, "evaluate": 1.0, "wait": pytest.approx(0.9), "communicate": 0.2}
     assert summary["roles"]["server"] == server
+
+
+def test_roles_count_the_ranks_that_share_batches(tmp_path: Path) -> None:
+    log = [start(ranks_per_worker=4), commit(1, 1.0, 1, train=1.0), commit(2, 2.0, 2, train=2.0)]
+    (run,) = load_runs([write_log(tmp_path / "run", *log)])
+    assert re.search(r"ranks\W+1\W+4\W+4", printed(role_table(run.summary)))
+    figure = plot_roles([run])
+    assert figure is not None
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["large batch (4 ranks)", "small batch (4 ranks)"]
 
 
 def test_a_worker_that_is_lost_again_after_a_resume_counts_once() -> None:
