@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, Stage, plan_training
+from hpc_hdb.plan import BatchTime, Group, RoundBook, Stage, plan_training
 from hpc_hdb.report.events import read_events
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.report.report import Report, write_report
@@ -449,7 +449,12 @@ def watch(console: Console) -> str:
     """What a user sees of a run that was resumed, evaluated once and then ended."""
     progress = Progress(console)
     progress.show({"event": "resume", "time": 1.0, "commit": 2})
-    progress.begin(make_plan(), 1)
+    plan = make_plan()
+    book = RoundBook(plan.shares, plan.stages, plan.samples)
+    for number in range(2):
+        book.hand_out(Group.LARGE)
+        book.commit(Group.LARGE, number)
+    progress.begin(plan, book)
     progress.show(commit(3, 1.0, 1, train=1.0))
     progress.show({"event": "progress", "time": 1.5, "worker": 2, "samples": 10})
     progress.show(evaluation(4, 12.3, accuracy=0.4321))
@@ -471,6 +476,7 @@ def test_progress_on_a_terminal_keeps_the_evaluations_above_the_bars() -> None:
     text = watch(Console(file=io.StringIO(), width=80, force_terminal=True))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "[    12.3 s] epoch   1.0 of 140: accuracy 43.21%, loss 1.0000" in plain
+    assert "epoch 0.5 of 140" in plain
     assert "worker 4, small batch" in plain
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
 

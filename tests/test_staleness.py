@@ -13,6 +13,7 @@ from programs.lives import SLOWNESS, Run, settings_for
 from programs.runs import PROGRAMS, leads
 
 from hpc_hdb.config import parse_settings
+from hpc_hdb.train.sealed import read_sealed
 from hpc_hdb.train.server import Interrupted
 
 pytestmark = pytest.mark.usefixtures("beside_models")
@@ -44,11 +45,27 @@ def test_ssp_holds_the_fast_at_its_bound(staleness: int) -> None:
 @pytest.mark.parametrize("until", range(1, 24, 3))
 def test_ssp_keeps_its_bound_through_a_resume(until: int, tmp_path: Path) -> None:
     run = Run(settings_for("ssp"), tmp_path)
-    with pytest.raises(Interrupted):
-        run.live(lambda: 15 if len(run.commits) >= until else 0)
+    run.live_until(until)
     run.live()
     assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
     assert max(leads(run.commits)) == 1
+
+
+@pytest.mark.parametrize("lives", [(2, 3), (3, 2, 3)], ids=["a new worker", "one that is back"])
+def test_ssp_waits_for_nobody_to_catch_up_after_a_resume(
+    lives: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The slow worker never commits twice before others do; from then on they wait for it."""
+    run = Run(settings_for("ssp", epochs=8), tmp_path)
+    for number, workers in enumerate(lives[:-1], start=1):
+        run.live_until(10 * number, slowness=SLOWNESS[:workers])
+    before = len(run.commits)
+    run.live()
+    workers = [commit["worker"] for commit in run.commits]
+    assert (3, 3) not in itertools.pairwise(workers[before:])
+    assert max(leads(run.commits[before:])) <= 2
+    newest = read_sealed(max(tmp_path.glob("[0-9]*.pt")))
+    assert newest["worker_commits"] == Counter(workers)
 
 
 @pytest.mark.parametrize("sync", ["asp", "bsp"])

@@ -58,6 +58,7 @@ class Crew:
         self._orders: dict[int, Order] = {}
         self._heard: dict[int, float] = {}
         self._slowness: dict[int, float] = {}
+        self._spared: Counter[int] = Counter()
 
     def group(self, worker: int) -> Group:
         return self._groups[worker]
@@ -77,6 +78,25 @@ class Crew:
     def slot(self, worker: int) -> int:
         """The worker's position among the active ones of its group."""
         return sum(self._groups[w] is self._groups[worker] for w in self.active if w < worker)
+
+    def lead(self, worker: int) -> int:
+        """How many commits the worker is ahead of the slowest active one."""
+        return self._progress(worker) - min(map(self._progress, self.active))
+
+    def spare_returned(self, staleness: int) -> None:
+        """Those who were away, or are new, need not make the commits they have missed (SSP).
+
+        Who is held to `staleness` is never more than one commit further behind. Others are taken
+        for as far as the slowest of those.
+        """
+        progress = {worker: self._progress(worker) for worker in self.active}
+        least = max(progress.values()) - staleness - 1
+        slowest = min(commits for commits in progress.values() if commits >= least)
+        for worker, commits in progress.items():
+            self._spared[worker] += max(0, slowest - commits)
+
+    def _progress(self, worker: int) -> int:
+        return self.commits[worker] + self._spared[worker]
 
     def order_of(self, worker: int) -> Order:
         """The order that the worker was given last."""

@@ -68,6 +68,11 @@ class ParameterServer:
         Where a sample's training image is, to name bad ones.
     inline : bool
         Evaluate and write checkpoints within the loop instead of beside it.
+
+    Attributes
+    ----------
+    book : RoundBook
+        The account of rounds.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class ParameterServer:
         self._emit = emit
         self._signal_number = signal_number
         self._work = Work(plan, settings)
-        self._book = self._work.book
+        self.book = self._work.book
         self._model = GlobalModel(
             link,
             model,
@@ -115,7 +120,7 @@ class ParameterServer:
         self._checkpoints = checkpoints
         self._snapshots = Snapshots(
             self._model,
-            self._book,
+            self.book,
             self._crew.commits,
             link,
             settings.run,
@@ -130,7 +135,7 @@ class ParameterServer:
     def resume(
         self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float = -math.inf
     ) -> None:
-        """Go on from a checkpoint, before `run`; with any number of workers.
+        """Go on from a checkpoint, before `fit_plan`; with any number of workers.
 
         Parameters
         ----------
@@ -144,14 +149,27 @@ class ParameterServer:
         self._work.restore(checkpoint.rounds)
         self._crew.commits.update(checkpoint.worker_commits)
         self._snapshots.resume(checkpoint, evaluated, best_accuracy)
-        self._slowness, self._adapt_at = [], int(self._book.epoch) + 1
-        if self._book.cuts[-1].workers != len(self._crew.active):
-            self._replan()
+        self._slowness, self._adapt_at = [], int(self.book.epoch) + 1
+        self._crew.spare_returned(self._settings.server.staleness)
+
+    def fit_plan(self) -> dict[str, Any] | None:
+        """Deal out the groups, before `run`, by a plan for the workers there are.
+
+        Returns
+        -------
+        dict or None
+            The values of a ``plan`` event, where the plan was for others.
+        """
+        last = self.book.cuts[-1]
+        if last.workers == len(self._crew.active):
+            self._crew.regroup(last.small_workers)
+            return None
+        return self._solve_plan()
 
     @property
-    def commits(self) -> int:
-        """Commits merged so far, of all workers."""
-        return self._book.commits
+    def plan(self) -> TrainingPlan:
+        """The newest plan, for the workers there are."""
+        return self._work.newest_plan
 
     @property
     def saved(self) -> Mapping[int, int]:
@@ -210,7 +228,7 @@ class ParameterServer:
 
     async def _serve_asynchronously(self) -> None:
         """ASP and SSP: merge each commit as it comes; its worker goes on at once where it may."""
-        while not self._book.finished:
+        while not self.book.finished:
             worker, report = await self._next_report()
             if report.kind == ReportKind.COMMIT:
                 await self._take_commit(worker, report)
@@ -234,7 +252,7 @@ class ParameterServer:
 
     async def _serve_bulk_synchronously(self) -> None:
         """BSP: one reduction over all workers each round."""
-        while not self._book.finished:
+        while not self.book.finished:
             self._reports.clear()
             while self._crew.active - self._crew.waiting or not self._crew.active:
                 worker, report = await self._next_report()
@@ -285,17 +303,17 @@ class ParameterServer:
 
     def _adapt(self) -> None:
         """Once an epoch, let the shares follow the workers' speeds where these have changed."""
-        due = self._settings.server.adapts and self._book.epoch >= self._adapt_at
+        due = self._settings.server.adapts and self.book.epoch >= self._adapt_at
         if not due or not self._crew.active:
             return
-        self._adapt_at = int(self._book.epoch) + 1
+        self._adapt_at = int(self.book.epoch) + 1
         slowness = self._crew.slowness
         changes = [new / old for new, old in zip(slowness, self._slowness, strict=False)]
         if len(slowness) == len(self._slowness) and max(changes) < _CHANGE * min(changes):
             return
         self._slowness = slowness
         plan = self._work.replan(len(slowness), self._crew.small_workers, slowness)
-        self._emit("adapted", {"commit": self._book.commits, "slowness": slowness} | plan)
+        self._emit("adapted", {"commit": self.book.commits, "slowness": slowness} | plan)
 
     async def _muster(self) -> None:
         """Make sure that all are there who are to form new groups: one that hangs holds up all."""
@@ -341,16 +359,14 @@ class ParameterServer:
                 break  # nothing is left to do; what is under way may yet come back
             if lacking:
                 await self._model.send(worker)
-        at_work = self._crew.active and not self._book.idle
-        assert self._book.finished or at_work or self._crew.awaited, "a round was lost"
+        at_work = self._crew.active and not self.book.idle
+        assert self.book.finished or at_work or self._crew.awaited, "a round was lost"
         self._announce_stage()
 
     def _may_go_on(self, worker: int) -> bool:
         """Whether a worker that has committed may start its next round (SSP's bound)."""
-        if self._settings.server.sync != "ssp":
-            return True
-        slowest = min(self._crew.commits[other] for other in self._crew.active)
-        return self._crew.commits[worker] - slowest <= self._settings.server.staleness
+        server = self._settings.server
+        return server.sync != "ssp" or self._crew.lead(worker) <= server.staleness
 
     def _send_next_order(self, worker: int) -> bool:
         """Order a worker that waits to train its next round; whether there is one."""
@@ -438,13 +454,13 @@ class ParameterServer:
         where = {"epoch": order.epoch, "stage": order.stage, "learning_rate": order.learning_rate}
         self._emit(
             "refused",
-            {"commit": self._book.commits, "worker": worker, "times": self._crew.refused[worker]}
+            {"commit": self.book.commits, "worker": worker, "times": self._crew.refused[worker]}
             | where,
         )
         if self._crew.refused[worker] < self._settings.server.refusals:
             return
         self._crew.dismiss(worker)
-        self._emit("dropped", {"commit": self._book.commits, "worker": worker} | where)
+        self._emit("dropped", {"commit": self.book.commits, "worker": worker} | where)
         if not self._crew.active:
             before = ""
             if self._checkpoints is not None and has_checkpoint(self._checkpoints):
@@ -471,8 +487,8 @@ class ParameterServer:
         self._reports.pop(worker, None)
         self._regroup = True
         group = self._crew.group(worker).value
-        self._emit("lost", {"commit": self._book.commits, "worker": worker, "group": group})
-        if not wanted or self._book.finished:
+        self._emit("lost", {"commit": self.book.commits, "worker": worker, "group": group})
+        if not wanted or self.book.finished:
             return
         if trained and self._crew.active:
             self._replan()
@@ -489,33 +505,34 @@ class ParameterServer:
             self._replaced += 1
             self._crew.await_replacement(worker, self._link.now())
         else:
-            self._emit("irreplaceable", {"commit": self._book.commits, "worker": worker})
+            self._emit("irreplaceable", {"commit": self.book.commits, "worker": worker})
 
     def _call_off_replacements(self) -> None:
         """Nothing is left to do for those that have not joined, if they ever would."""
         for worker in sorted(self._crew.awaited):
             self._crew.lose(worker)
-            self._emit("called_off", {"commit": self._book.commits, "worker": worker})
+            self._emit("called_off", {"commit": self.book.commits, "worker": worker})
             with contextlib.suppress(UserError):  # it is where we cannot end it
                 self._link.fence(worker)
 
     def _admit(self, worker: int) -> None:
         """The replacement of a lost worker has joined."""
-        if self._settings.server.sync == "ssp":  # it need not catch up
-            others = [self._crew.commits[w] for w in self._crew.active]
-            self._crew.commits[worker] = min(others, default=self._crew.commits[worker])
         self._crew.admit(worker)
+        self._crew.spare_returned(self._settings.server.staleness)
         self._regroup = True
         group = self._crew.group(worker).value
-        self._emit("replaced", {"commit": self._book.commits, "worker": worker, "group": group})
-        if not self._book.finished:
+        self._emit("replaced", {"commit": self.book.commits, "worker": worker, "group": group})
+        if not self.book.finished:
             self._replan()
 
     def _replan(self) -> None:
-        """Solve the plan for the workers that are left."""
+        self._emit("plan", self._solve_plan())
+
+    def _solve_plan(self) -> dict[str, Any]:
+        """Solve the plan for the workers there are; the values of a ``plan`` event."""
         plan = self._work.replan(len(self._crew.active), self._crew.small_workers)
         self._crew.regroup(plan["small_workers"])
-        self._emit("plan", plan)
+        return plan
 
     def _watch(self) -> None:
         """Report workers that have not been heard of for long, and end them if so configured."""
@@ -527,7 +544,7 @@ class ParameterServer:
         silent = self._crew.silent(now, server.silent_seconds, _SILENT_ROUNDS)
         for worker in silent:
             if worker not in self._silent:
-                self._emit("silent", {"commit": self._book.commits, "worker": worker})
+                self._emit("silent", {"commit": self.book.commits, "worker": worker})
                 if server.silent_worker == "drop":
                     self._link.fence(worker)
         self._silent = set(silent)
@@ -540,7 +557,7 @@ class ParameterServer:
     def _note_left_out(self, file: str) -> None:
         if file not in self._left_out:
             self._left_out.add(file)
-            self._emit("left_out", {"commit": self._book.commits, "file": file})
+            self._emit("left_out", {"commit": self.book.commits, "file": file})
 
     async def _interrupt(self) -> None:
         """Save what is merged, then see the workers off."""

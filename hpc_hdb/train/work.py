@@ -34,6 +34,10 @@ class Work:
         self._settings = settings
         self._stage = self._announced = -1
 
+    @property
+    def newest_plan(self) -> TrainingPlan:
+        return self._plans[max(self._plans)]
+
     def restore(self, rounds: dict[str, Any]) -> None:
         """Go on from a `RoundBook.state`."""
         self.book.restore(rounds)

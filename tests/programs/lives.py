@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from hpc_hdb.run.build import make_evaluator, make_trainer
 from hpc_hdb.run.planning import known_timing, make_plan
 from hpc_hdb.train.checkpoint import load_checkpoint
 from hpc_hdb.train.data import open_data
-from hpc_hdb.train.server import ParameterServer
+from hpc_hdb.train.server import Interrupted, ParameterServer
 from hpc_hdb.train.worker import run_worker
 
 SLOWNESS = (1, 1, 6)
@@ -24,13 +25,18 @@ SLOWNESS = (1, 1, 6)
 
 
 def settings_for(
-    sync: str, staleness: int = 1, batch: int = 10, small_workers: int = 0, **server: object
+    sync: str,
+    staleness: int = 1,
+    batch: int = 10,
+    small_workers: int = 0,
+    epochs: int = 4,
+    **server: object,
 ) -> Settings:
     values = {
         "data": {"source": "synthetic", "synthetic_samples": 60, "synthetic_side": 8},
         "model": {"name": "models:tiny"},
         "plan": {"small_workers": small_workers, "timing": {"8": [1e-3, 1e-3]}},
-        "schedule": {"epochs": 4, "resolutions": [8], "large_batch": [batch]},
+        "schedule": {"epochs": epochs, "resolutions": [8], "large_batch": [batch]},
         "server": {"sync": sync, "staleness": staleness, "commits_per_epoch": 2} | server,
     }
     return parse_settings(values, "test")
@@ -53,6 +59,11 @@ class Run:
 
     def named(self, name: str) -> list[dict]:
         return [event for event in self.events if event["event"] == name]
+
+    def live_until(self, commits: int, **how: Any) -> None:
+        """Train until a signal comes after so many commits of all lives."""
+        with pytest.raises(Interrupted):
+            self.live(lambda: 15 if len(self.commits) >= commits else 0, **how)
 
     def live(
         self,
@@ -93,6 +104,8 @@ class Run:
             checkpoint = load_checkpoint(self.folder, evaluator.parameters.signature)
             assert checkpoint.rounds["commits"] == len(self.commits), "a signal loses nothing"
             server.resume(checkpoint, 0)
+        if (new_plan := server.fit_plan()) is not None:
+            self.events.append({"event": "plan"} | new_plan)
         trainers = [make_trainer(self.settings, data, cpu) for _ in cluster.workers]
         for worker, steps in (diverging or {}).items():
             _spoil(trainers[worker - 1].model, steps)
