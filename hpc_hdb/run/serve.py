@@ -114,13 +114,14 @@ def serve(
     if checkpoint is not None:
         evaluated = _last_evaluated(folder, checkpoint.rounds["commits"])
         server.resume(checkpoint, evaluated, best_accuracy)
-    new_plan = server.fit_plan()
-    log.emit("start", _about(settings, server.plan, mode, evaluator.parameters.flat.device))
+    new_plan = server.members.fit_plan()
+    plan = server.work.newest_plan
+    log.emit("start", _about(settings, plan, mode, evaluator.parameters.flat.device))
     if folder.resumed:
-        log.emit("resume", {"commit": server.book.commits, "seconds": before})
+        log.emit("resume", {"commit": server.work.book.commits, "seconds": before})
     for damage in damages:
         log.emit("damaged", damage)
-    progress.begin(server.plan, server.book, settings.server.server_ranks)
+    progress.begin(plan, server.work.book, settings.server.server_ranks)
     if new_plan is not None:
         log.emit("plan", new_plan)
     try:
@@ -132,7 +133,7 @@ def serve(
         return 128 + interruption.signal_number
     finally:
         progress.close()
-    log.emit("end", {"commit": server.book.commits} | server.own_seconds())
+    log.emit("end", {"commit": server.work.book.commits} | server.own_seconds())
     log.close()
     evaluator.load(model)
     write_sealed(folder.model, evaluator.parameters.state_dict())

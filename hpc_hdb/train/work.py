@@ -36,6 +36,7 @@ class Work:
 
     @property
     def newest_plan(self) -> TrainingPlan:
+        """The plan that was solved last; it may hold from a later epoch on."""
         return self._plans[max(self._plans)]
 
     def restore(self, rounds: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ class Run:
             checkpoint = load_checkpoint(self.folder, evaluator.parameters.signature)
             assert checkpoint.rounds["commits"] == len(self.commits), "a signal loses nothing"
             server.resume(checkpoint, 0)
-        if (new_plan := server.fit_plan()) is not None:
+        if (new_plan := server.members.fit_plan()) is not None:
             self.events.append({"event": "plan"} | new_plan)
         trainers = [make_trainer(self.settings, data, cpu) for _ in cluster.workers]
         for worker, steps in (diverging or {}).items():
