@@ -163,6 +163,18 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def beside_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models are looked for in the current folder; more threads only slow the tests' down."""
+    import torch
+
+    monkeypatch.chdir(PROGRAMS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts a disk on ``tmp_path/disk``, with the options given; skips where it may not."""
     path = tmp_path / "disk"

@@ -21,13 +21,14 @@ from rich.console import Console
 from test_command_line import Terminal, hdb
 
 from hpc_hdb.errors import UserError
-from hpc_hdb.plan import BatchTime, Stage, plan_training
+from hpc_hdb.plan import BatchTime, Group, RoundBook, Stage, plan_training
 from hpc_hdb.report.events import read_events
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.report.report import Report, write_report
 from hpc_hdb.report.runs import load_runs
 from hpc_hdb.report.summary import summarise
 from hpc_hdb.report.tables import plan_lines, plan_table, result_lines, role_table
+from hpc_hdb.report.time_plots import plot_roles
 from hpc_hdb.report.timeline import worker_rounds
 from hpc_hdb.report.units import format_number, format_seconds, format_together
 
@@ -242,6 +243,16 @@ def test_stages_and_roles_are_what_a_hand_count_gives() -> None:
     assert summary["roles"]["server"] == server
 
 
+def test_roles_count_the_ranks_that_share_batches(tmp_path: Path) -> None:
+    log = [start(ranks_per_worker=4), commit(1, 1.0, 1, train=1.0), commit(2, 2.0, 2, train=2.0)]
+    (run,) = load_runs([write_log(tmp_path / "run", *log)])
+    assert re.search(r"ranks\W+1\W+4\W+4", printed(role_table(run.summary)))
+    figure = plot_roles([run])
+    assert figure is not None
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["large batch (4 ranks)", "small batch (4 ranks)"]
+
+
 def test_a_worker_that_is_lost_again_after_a_resume_counts_once() -> None:
     dropped = [{"event": "dropped", "time": 1.0, "worker": w} for w in (1, 2, 1, 2)]
     assert result_lines(summarise([start(), *dropped])).endswith(
@@ -450,7 +461,12 @@ def watch(console: Console) -> str:
     """What a user sees of a run that was resumed, evaluated once and then ended."""
     progress = Progress(console)
     progress.show({"event": "resume", "time": 1.0, "commit": 2})
-    progress.begin(make_plan(), 1)
+    plan = make_plan()
+    book = RoundBook(plan.shares, plan.stages, plan.samples)
+    for number in range(2):
+        book.hand_out(Group.LARGE)
+        book.commit(Group.LARGE, number)
+    progress.begin(plan, book)
     progress.show(commit(3, 1.0, 1, train=1.0))
     progress.show({"event": "progress", "time": 1.5, "worker": 2, "samples": 10})
     progress.show(evaluation(4, 12.3, accuracy=0.4321))
@@ -472,6 +488,7 @@ def test_progress_on_a_terminal_keeps_the_evaluations_above_the_bars() -> None:
     text = watch(Console(file=io.StringIO(), width=80, force_terminal=True))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "[    12.3 s] epoch   1.0 of 140: accuracy 43.21%, loss 1.0000" in plain
+    assert "epoch 0.5 of 140" in plain
     assert "worker 4, small batch" in plain
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
 

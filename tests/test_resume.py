@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -260,3 +261,32 @@ def test_commits_on_their_own_are_resumed(
     assert_complete(run, epochs=8)
     assert before < len(commits_of(run))
     assert max(leads(commits_of(run))) <= bound
+
+
+def test_a_run_that_goes_on_with_another_worker_is_shown_and_reported_as_theirs(
+    tmp_path: Path,
+) -> None:
+    """In SSP, where the others wait for the new one, but not for all that it was not there for."""
+    run = tmp_path / "run"
+    settings = sets("server.sync=ssp", "server.staleness=0", "plan.small_workers=1")
+    job = train(*SLOW, *settings, output=run)
+    train_on(job, run, 1, commits=7)
+    os.kill(processes(job)[0], signal.SIGUSR1)
+    assert_interrupted(job, run, signal.SIGUSR1)
+    before = len(commits_of(run))
+    ending = resume(run, ranks=4).end()
+    assert ending.status == 0
+    assert "1 server, 2 large-batch workers, 1 small-batch worker (" in ending.out
+    (plan,) = (event for event in read_events(run) if event["event"] == "plan")
+    told = "2 large-batch and 1 small-batch workers go on, by a new plan from epoch"
+    assert f"{told} {plan['from_epoch'] + 1}\n" in ending.out
+    *_, start = (event for event in read_events(run) if event["event"] == "start")
+    for key in ("workers", "small_workers", "update_factor"):
+        assert start[key] == plan[key]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["workers"], summary["small_workers"]) == (3, 1)
+    roles = {name: role["workers"] for name, role in summary["roles"].items()}
+    assert roles == {"server": 1, "large": 2, "small": 1}
+    assert (summary["epochs"], summary["commits"]) == (8, plan["total"])
+    first = [commit["worker"] for commit in commits_of(run)[before : before + 3]]
+    assert first != [3, 3, 3]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import events, succeed
 from endings import sets
+from programs.lives import Run, settings_for
 from programs.runs import KINDS, PROGRAMS, assert_same_bits, final_model
 from rich.console import Console
 from torch import Tensor, nn
@@ -127,6 +128,15 @@ def test_averages_are_paced_in_epochs(average: str) -> None:
         assert shares[4] == pytest.approx([0] * 6 + [0.25] * 4)
     else:
         assert shares[4][-3] == pytest.approx(shares[4][-1] / 2)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_a_reduction_that_some_workers_miss_makes_a_version_too(workers: int) -> None:
+    """The first is of one worker alone; the average is the mean of the versions."""
+    server = Server(average="ema", average_half_life=10, commits_per_epoch=4)
+    for version, reductions in enumerate([1 / workers, 1 + 1 / workers, 2 + 1 / workers], start=1):
+        weight = pace_of(0, reductions / 4, 4, server, Schedule()).weight
+        assert weight == pytest.approx(1 / version)
 
 
 def test_the_pace_has_the_rate_of_the_round() -> None:
@@ -282,6 +292,18 @@ def test_recalibration_changes_the_statistics_alone(
     torch.testing.assert_close(with_it["norm.running_mean"], mean, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(with_it["norm.running_var"], variance, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(without["norm.running_var"], variance, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("beside_models")
+def test_an_average_begins_without_the_worker_that_diverged(tmp_path: Path) -> None:
+    """The first reduction is of one worker of two."""
+    run = Run(settings_for("bsp", average="ema"), tmp_path)
+    run.live(slowness=(1, 1), diverging={2: 1})
+    first, second, *_ = run.commits
+    assert [refused["worker"] for refused in run.named("refused")] == [2]
+    assert (first["worker"], second["pulled_at"]) == (1, 1)
+    assert len(run.commits) == 16
+    assert run.model.isfinite().all()
 
 
 RESUMED = sets(

@@ -4,103 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import events, succeed
+from programs.lives import SLOWNESS, Run, settings_for
 from programs.runs import PROGRAMS, leads
 
-from hpc_hdb.cluster.virtual import VirtualCluster
-from hpc_hdb.config import Settings
 from hpc_hdb.config_files import parse_settings
-from hpc_hdb.run.build import make_evaluator, make_trainer
-from hpc_hdb.run.planning import known_timing, make_plan
-from hpc_hdb.train.checkpoint import load_checkpoint
-from hpc_hdb.train.data import open_data
-from hpc_hdb.train.server import Interrupted, ParameterServer
-from hpc_hdb.train.worker import run_worker
+from hpc_hdb.train.sealed import read_sealed
+from hpc_hdb.train.server import Interrupted
 
-SLOWNESS = (1, 1, 6)
-
-
-def settings_for(
-    sync: str, staleness: int = 1, adaptive: bool = False, batch: int = 10
-) -> Settings:
-    values = {
-        "data": {"source": "synthetic", "synthetic_samples": 60, "synthetic_side": 8},
-        "model": {"name": "models:tiny"},
-        "plan": {"small_workers": 0, "timing": {"8": [1e-3, 1e-3]}},
-        "schedule": {"epochs": 4, "resolutions": [8], "large_batch": [batch]},
-        "server": {
-            "sync": sync,
-            "staleness": staleness,
-            "commits_per_epoch": 2,
-            "adaptive": adaptive,
-        },
-    }
-    return parse_settings(values, "test")
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The models are looked for in the current folder; more threads only slow these down."""
-    monkeypatch.chdir(PROGRAMS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Run:
-    """One or more lives of a run of three workers; rank 3 is slow."""
-
-    def __init__(self, settings: Settings, folder: Path | None = None) -> None:
-        self.settings = settings
-        self.folder = folder
-        self.commits: list[dict] = []
-        self.seconds = 0.0
-        self.model = torch.empty(0)
-
-    def live(self, signal_number: Callable[[], int] = lambda: 0) -> None:
-        """Train to the end, or until a signal; then go on."""
-        data = open_data(self.settings.data, "train")
-        cpu = torch.device("cpu")
-        evaluator = make_evaluator(self.settings, cpu, data.classes)
-        timing = known_timing(self.settings)
-        assert timing is not None
-        plan = make_plan(self.settings, len(SLOWNESS), len(data.labels), timing)
-        cluster = VirtualCluster(len(SLOWNESS), SLOWNESS, signal_number=signal_number)
-        server = ParameterServer(
-            cluster.server,
-            plan,
-            self.settings,
-            evaluator.parameters.flat.clone(),
-            evaluator,
-            lambda name, values: self.commits.append(values) if name == "commit" else None,
-            self.folder,
-            signal_number,
-            inline=True,
-        )
-        if self.commits:
-            assert self.folder is not None
-            checkpoint = load_checkpoint(self.folder, evaluator.parameters.signature)
-            assert checkpoint.rounds["commits"] == len(self.commits), "a signal loses nothing"
-            server.resume(checkpoint, 0)
-        kept = self.settings.run.states_kept
-        workers = [
-            run_worker(
-                link,
-                make_trainer(self.settings, data, cpu),
-                self.settings.server.synchronous,
-                self.folder,
-                kept,
-            )
-            for link in cluster.workers
-        ]
-        self.model = cluster.run(server.run(), workers)
-        self.seconds = cluster.time
+pytestmark = pytest.mark.usefixtures("beside_models")
 
 
 def test_asp_lets_the_fast_run_ahead() -> None:
@@ -129,11 +45,27 @@ def test_ssp_holds_the_fast_at_its_bound(staleness: int) -> None:
 @pytest.mark.parametrize("until", range(1, 24, 3))
 def test_ssp_keeps_its_bound_through_a_resume(until: int, tmp_path: Path) -> None:
     run = Run(settings_for("ssp"), tmp_path)
-    with pytest.raises(Interrupted):
-        run.live(lambda: 15 if len(run.commits) >= until else 0)
+    run.live_until(until)
     run.live()
     assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
     assert max(leads(run.commits)) == 1
+
+
+@pytest.mark.parametrize("lives", [(2, 3), (3, 2, 3)], ids=["a new worker", "one that is back"])
+def test_ssp_waits_for_nobody_to_catch_up_after_a_resume(
+    lives: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The slow worker never commits twice before others do; from then on they wait for it."""
+    run = Run(settings_for("ssp", epochs=8), tmp_path)
+    for number, workers in enumerate(lives[:-1], start=1):
+        run.live_until(10 * number, slowness=SLOWNESS[:workers])
+    before = len(run.commits)
+    run.live()
+    workers = [commit["worker"] for commit in run.commits]
+    assert (3, 3) not in itertools.pairwise(workers[before:])
+    assert max(leads(run.commits[before:])) <= 2
+    newest = read_sealed(max(tmp_path.glob("[0-9]*.pt")))
+    assert newest["worker_commits"] == Counter(workers)
 
 
 @pytest.mark.parametrize("sync", ["asp", "bsp"])

@@ -1,4 +1,4 @@
-"""The two small fixed-size records that server and workers exchange beside the model."""
+"""The three small fixed-size records that servers and workers exchange beside the model."""
 
 from __future__ import annotations
 

@@ -30,6 +30,15 @@ class RoundBook:
         ``D``, training images per epoch.
     commits_per_epoch : int
         Commits of each worker in an epoch; 1 in the paper.
+
+    Attributes
+    ----------
+    commits : int
+        Commits so far, of all workers.
+    cuts : list of Cut
+        How the epochs were and are cut, the newest last.
+    parts : int
+        ``commits_per_epoch``.
     """
 
     def __init__(
@@ -39,7 +48,7 @@ class RoundBook:
         self.cuts: list[Cut] = []
         self._stages = stages
         self._samples = samples
-        self._parts = commits_per_epoch
+        self.parts = commits_per_epoch
         self._epochs = stages[-1].end_epoch
         self._handed_out = dict.fromkeys(Group, 0)
         self._returned: dict[Group, list[int]] = {group: [] for group in Group}
@@ -50,7 +59,7 @@ class RoundBook:
     @property
     def commits_per_epoch(self) -> int:
         """Commits of all workers together in an epoch, as it is cut now."""
-        return self._parts * self._cut_at(self.commits).workers
+        return self.parts * self._cut_at(self.commits).workers
 
     @property
     def total(self) -> int:
@@ -81,7 +90,7 @@ class RoundBook:
     def epoch_at(self, commits: int) -> float:
         """Epochs done after so many commits."""
         cut = self._cut_at(commits)
-        return cut.start_epoch + (commits - cut.start_commits) / (cut.workers * self._parts)
+        return cut.start_epoch + (commits - cut.start_commits) / (cut.workers * self.parts)
 
     @property
     def stage(self) -> int:
@@ -158,12 +167,12 @@ class RoundBook:
         """Round number `index` of `group`."""
         cut = self.cuts[self.cut_of(group, index)]
         size = cut.size(group)
-        epoch, within = divmod(index - cut.first[group], self._parts * size)
+        epoch, within = divmod(index - cut.first[group], self.parts * size)
         part, slot = divmod(within, size)
         column = slot if group is Group.LARGE else cut.large_workers + slot
         start, stop = cut.bounds[column], cut.bounds[column + 1]
-        begin = start + (stop - start) * part // self._parts
-        end = start + (stop - start) * (part + 1) // self._parts
+        begin = start + (stop - start) * part // self.parts
+        end = start + (stop - start) * (part + 1) // self.parts
         return Round(group, index, cut.start_epoch + epoch, part, slot, begin, end)
 
     def cut_of(self, group: Group, index: int) -> int:
@@ -216,8 +225,8 @@ class RoundBook:
         if own is None or theirs is None:
             return theirs is not None
         mine, late = self.round(group, own), self.round(other, theirs)
-        lead = 0 if late.epoch < self._shared_until else self._parts
-        return self._parts * (mine.epoch - late.epoch) + mine.part - late.part > lead
+        lead = 0 if late.epoch < self._shared_until else self.parts
+        return self.parts * (mine.epoch - late.epoch) + mine.part - late.part > lead
 
     def _next(self, group: Group) -> int | None:
         """Index of the group's next round; None when all are handed out."""
@@ -238,16 +247,16 @@ class RoundBook:
         """The first epoch of which no round of `group` has been handed out."""
         index = self._handed_out[group]
         cut = self.cuts[self.cut_of(group, index)]
-        size = cut.size(group) * self._parts
+        size = cut.size(group) * self.parts
         return cut.start_epoch + (-(-(index - cut.first[group]) // size) if size else 0)
 
     def _first_round(self, cut: Cut, group: Group, epoch: int) -> int:
         """Index of the group's first round of `epoch`, were it cut by `cut`."""
-        return cut.first[group] + (epoch - cut.start_epoch) * self._parts * cut.size(group)
+        return cut.first[group] + (epoch - cut.start_epoch) * self.parts * cut.size(group)
 
     def _commits_at(self, cut: Cut, epoch: int) -> int:
         """Global commit count at the start of `epoch`, were it cut by `cut`."""
-        return cut.start_commits + (epoch - cut.start_epoch) * self._parts * cut.workers
+        return cut.start_commits + (epoch - cut.start_epoch) * self.parts * cut.workers
 
     def _cut_at(self, commits: int) -> Cut:
         """The cut of the epoch under way after so many commits."""
@@ -259,6 +268,6 @@ class RoundBook:
             last = self.cuts[-1]
             first = {group: self._first_round(last, group, epoch) for group in Group}
             commits = self._commits_at(last, epoch)
-        least = _FEWEST * self._parts
+        least = _FEWEST * self.parts
         bounds = tuple(epoch_bounds(plan, self._samples, slowness, least))
         self.cuts.append(Cut(epoch, plan.large_workers, plan.small_workers, bounds, commits, first))

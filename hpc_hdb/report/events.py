@@ -6,7 +6,7 @@ through a resume). Events by name:
 - ``start``: ``mode``, ``sync``, ``servers`` (0 with all-reduce), ``workers``,
   ``ranks_per_worker``, ``small_workers``,
   ``commits_per_epoch`` (of all workers), ``samples``, ``update_factor``, ``device``, ``threads``,
-  ``versions``; again when resumed
+  ``versions``; again when resumed, by the plan for the workers there are then
 - ``stage``: ``commit``, ``stage``, ``start_epoch``, ``end_epoch``, ``learning_rate``
   (before warm-up and scaling), ``resolution``, ``dropout``, ``large_batch``, ``small_batch``
 - ``commit``: ``commit`` (global count), ``epochs`` (done so far), ``worker``, ``group``,
@@ -32,7 +32,8 @@ through a resume). Events by name:
 - ``irreplaceable``: ``commit``, ``worker``: no process could be started in its place
 - ``called_off``: ``commit``, ``worker``: its replacement had not joined when all was done
 - ``plan``: ``commit``, ``from_epoch``, ``total`` (commits of the whole run), and what plan.json
-  holds but the timing, with learning rates: the plan for the workers that are left
+  holds but the timing, with learning rates: the plan for the workers that are left, or there are
+  after a resume
 - ``adapted``: as ``plan``, and ``slowness``, each worker's time relative to the predicted one, by
   which the shares of the epochs from then on are cut
 - ``leave``: ``worker``, ``group``, and the seconds since its last commit

@@ -11,7 +11,7 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from hpc_hdb.plan import TrainingPlan
+from hpc_hdb.plan import RoundBook, TrainingPlan
 from hpc_hdb.report.events import TROUBLES, Event
 from hpc_hdb.report.tables import (
     measured_table,
@@ -61,25 +61,19 @@ class Progress:
         self._run: bars.TaskID | None = None
         self._workers: dict[int, bars.TaskID] = {}
         self._epochs = 0
-        self._commits_per_epoch = 1
-        self._resumed_at = 0
 
     def note(self, text: str) -> None:
         """Say what is going on."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def begin(self, plan: TrainingPlan, commits_per_epoch: int, servers: int = 1) -> None:
-        """Show the plan, and start the bars."""
+    def begin(self, plan: TrainingPlan, book: RoundBook, servers: int = 1) -> None:
+        """Show the plan, and start the bars, with what is done already by the `book`."""
         shares = plan.shares
         self._epochs = plan.stages[-1].end_epoch
-        self._commits_per_epoch = shares.workers * commits_per_epoch
         self.note(plan_lines(plan, servers))
         self.console.print(plan_table(plan))
         self._run = self._live.add_task(
-            self._epoch(self._resumed_at / self._commits_per_epoch),
-            total=self._epochs * self._commits_per_epoch,
-            completed=self._resumed_at,
-            note="",
+            self._epoch(book.epoch), total=book.total, completed=book.commits, note=""
         )
         room = max(1, self.console.height - _LINES_BESIDE_BARS)
         for worker in range(1, min(shares.workers, room) + 1):
@@ -88,7 +82,7 @@ class Progress:
             who = "all ranks" if not servers else f"worker {worker}"
             self._workers[worker] = self._live.add_task(
                 f"  {who}, {'large' if large else 'small'} batch",
-                total=share / commits_per_epoch,
+                total=share / book.parts,
                 note="",
             )
         if shares.workers > room:
@@ -99,7 +93,6 @@ class Progress:
         """Take an event from the log."""
         name = event["event"]
         if name == "resume":
-            self._resumed_at = event["commit"]
             self.note(f"resumed after commit {event['commit']}")
         elif name == "damaged":
             self.note(damage_line(**{key: event[key] for key in ("file", "reason", "instead")}))

@@ -50,7 +50,7 @@ def plot_roles(runs: Sequence[Run]) -> Figure | None:
         if "overhead" in role:
             axes.text(left, height, f"  {role['overhead']:.1%} not training", va="center", size=8)
         ticks.append(height)
-        ranks = format_count(role["workers"], "rank")
+        ranks = format_count(role["workers"] * run.summary["ranks_per_worker"], "rank")
         labels.append(ROLE_NAMES[name] if name == "server" else f"{ROLE_NAMES[name]} ({ranks})")
         height += 1
     axes.set(title="Time per rank", xlabel=f"time ({unit})", yticks=ticks, yticklabels=labels)

@@ -111,15 +111,19 @@ def serve(
         image_name,
         inline=mode == "virtual" or settings.server.sync == "allreduce",
     )
+    if checkpoint is not None:
+        evaluated = _last_evaluated(folder, checkpoint.rounds["commits"])
+        server.resume(checkpoint, evaluated, best_accuracy)
+    new_plan = server.members.fit_plan()
+    plan = server.work.newest_plan
     log.emit("start", _about(settings, plan, mode, evaluator.parameters.flat.device))
     if folder.resumed:
-        commits = checkpoint.rounds["commits"] if checkpoint else 0
-        log.emit("resume", {"commit": commits, "seconds": before})
+        log.emit("resume", {"commit": server.work.book.commits, "seconds": before})
     for damage in damages:
         log.emit("damaged", damage)
-    if checkpoint is not None:
-        server.resume(checkpoint, _last_evaluated(folder), best_accuracy)
-    progress.begin(plan, settings.server.commits_per_epoch, settings.server.server_ranks)
+    progress.begin(plan, server.work.book, settings.server.server_ranks)
+    if new_plan is not None:
+        log.emit("plan", new_plan)
     try:
         model = drive(server.run())
     except Interrupted as interruption:
@@ -129,7 +133,7 @@ def serve(
         return 128 + interruption.signal_number
     finally:
         progress.close()
-    log.emit("end", {"commit": server.commits} | server.own_seconds())
+    log.emit("end", {"commit": server.work.book.commits} | server.own_seconds())
     log.close()
     evaluator.load(model)
     write_sealed(folder.model, evaluator.parameters.state_dict())
@@ -167,10 +171,10 @@ def has_finished(folder: RunFolder, progress: Progress) -> bool:
     return folder.finished
 
 
-def _last_evaluated(folder: RunFolder) -> int:
-    """Commit count of the last evaluation that still holds; 0 if there is none."""
-    log = read_events(folder.path)
-    return max((event["commit"] for event in log if event["event"] == "evaluation"), default=0)
+def _last_evaluated(folder: RunFolder, commits: int) -> int:
+    """Commit count of the last evaluation of the first `commits`; 0 if there is none."""
+    evaluations = [e["commit"] for e in read_events(folder.path) if e["event"] == "evaluation"]
+    return max((number for number in evaluations if number <= commits), default=0)
 
 
 def catch_signals() -> Callable[[], int]:

@@ -37,7 +37,11 @@ class Crew:
     newcomers : set of int
         Those of them that replace lost ones, and are in no group for reductions yet.
     owing : set of int
-        Those of them that are to answer nevertheless, after a reduction that has failed.
+        Those of them that are to answer nevertheless, before another reduction.
+    changed : bool
+        Whether others have come or gone since groups were last formed for reductions.
+    committed : dict of int to Report
+        Of those of them whose commits wait for a reduction.
     commits : dict of int to int
         Merged commits of each worker, also of those that are gone.
     refused : Counter
@@ -52,12 +56,16 @@ class Crew:
         self.owing: set[int] = set()
         self.awaited: set[int] = set()
         self.newcomers: set[int] = set()
+        self.changed = False
+        self.committed: dict[int, Report] = {}
         self.commits = dict.fromkeys(self.present, 0)
         self.refused: Counter[int] = Counter()
         self._groups = dict(enumerate(groups, start=1))
         self._orders: dict[int, Order] = {}
         self._heard: dict[int, float] = {}
         self._slowness: dict[int, float] = {}
+        self._spared: Counter[int] = Counter()
+        self._to_answer = 0
 
     def group(self, worker: int) -> Group:
         return self._groups[worker]
@@ -78,6 +86,25 @@ class Crew:
         """The worker's position among the active ones of its group."""
         return sum(self._groups[w] is self._groups[worker] for w in self.active if w < worker)
 
+    def lead(self, worker: int) -> int:
+        """How many commits the worker is ahead of the slowest active one."""
+        return self._progress(worker) - min(map(self._progress, self.active))
+
+    def spare_returned(self, staleness: int) -> None:
+        """Those who were away, or are new, need not make the commits they have missed (SSP).
+
+        Who is held to `staleness` is never more than one commit further behind. Others are taken
+        for as far as the slowest of those.
+        """
+        progress = {worker: self._progress(worker) for worker in self.active}
+        least = max(progress.values()) - staleness - 1
+        slowest = min(commits for commits in progress.values() if commits >= least)
+        for worker, commits in progress.items():
+            self._spared[worker] += max(0, slowest - commits)
+
+    def _progress(self, worker: int) -> int:
+        return self.commits[worker] + self._spared[worker]
+
     def order_of(self, worker: int) -> Order:
         """The order that the worker was given last."""
         return self._orders[worker]
@@ -93,8 +120,10 @@ class Crew:
     def note_report(self, worker: int, report: Report, now: float) -> None:
         """The worker is heard of."""
         self._heard[worker] = now
-        self.owing.discard(worker)
-        if report.kind in (ReportKind.JOIN, ReportKind.COMMIT, ReportKind.DIVERGED):
+        if report.kind in (ReportKind.UNDONE, ReportKind.PRESENT):
+            if report.index == self._to_answer:
+                self.owing.discard(worker)
+        elif report.kind in (ReportKind.JOIN, ReportKind.COMMIT, ReportKind.DIVERGED):
             self.waiting.add(worker)
             self.lacking.add(worker)
         elif report.kind == ReportKind.LEAVE:
@@ -122,6 +151,8 @@ class Crew:
             *(self.lacking, self.owing, self.awaited, self.newcomers),
         ):
             members.discard(worker)
+        self.committed.pop(worker, None)
+        self.changed = True
         return self._orders.get(worker)
 
     def await_replacement(self, worker: int, now: float) -> None:
@@ -138,11 +169,13 @@ class Crew:
         self.awaited.discard(worker)
         self.active.add(worker)
         self.newcomers.add(worker)
+        self.changed = True
 
-    def expect(self, workers: set[int], now: float) -> None:
-        """These are to answer, from now on."""
-        self.owing = set(workers)
-        for worker in workers:
+    def expect_answers(self, number: int, now: float) -> None:
+        """All that wait are to answer order number `number`, from now on."""
+        self.owing = set(self.waiting)
+        self._to_answer = number
+        for worker in self.owing:
             self._heard[worker] = now
 
     def excuse(self, seconds: float) -> None:

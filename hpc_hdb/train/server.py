@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_hdb.cluster.link import ReductionBroken, ServerLink, WorkerLost
-from hpc_hdb.cluster.messages import Order, OrderKind, Report, ReportKind
+from hpc_hdb.cluster.link import ServerLink, WorkerLost
+from hpc_hdb.cluster.messages import Order, Report, ReportKind
 from hpc_hdb.cluster.roles import group_of
 from hpc_hdb.config import Settings
-from hpc_hdb.errors import UserError
 from hpc_hdb.plan import TrainingPlan
-from hpc_hdb.train.checkpoint import Checkpoint, has_checkpoint
+from hpc_hdb.train.checkpoint import Checkpoint
 from hpc_hdb.train.crew import Crew
 from hpc_hdb.train.evaluate import Evaluator
 from hpc_hdb.train.global_model import GlobalModel
+from hpc_hdb.train.membership import Membership
 from hpc_hdb.train.merge import MERGES, reduction_weights
+from hpc_hdb.train.reductions import Reductions
 from hpc_hdb.train.server_optimizer import ServerOptimizer
 from hpc_hdb.train.snapshots import Emit, Snapshots
 from hpc_hdb.train.work import Work
@@ -33,10 +34,6 @@ from hpc_hdb.train.work import Work
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
 """For the workers to come out of a step, once a run is interrupted."""
-_CHANGE = 1.1
-"""By how much one worker's speed relative to another's must change for shares to follow."""
-_SILENT_ROUNDS = 3.0
-"""A worker counts as silent no sooner than after so many predicted times of its round."""
 
 
 class Interrupted(Exception):
@@ -68,6 +65,11 @@ class ParameterServer:
         Where a sample's training image is, to name bad ones.
     inline : bool
         Evaluate and write checkpoints within the loop instead of beside it.
+
+    Attributes
+    ----------
+    work : Work
+    members : Membership
     """
 
     def __init__(
@@ -88,31 +90,23 @@ class ParameterServer:
         self._settings = settings
         self._emit = emit
         self._signal_number = signal_number
-        self._work = Work(plan, settings)
-        self._book = self._work.book
+        self.work = Work(plan, settings)
+        self._book = self.work.book
         self._model = GlobalModel(
             link,
             model,
             MERGES[settings.server.merge],
             ServerOptimizer.of(settings.server),
-            lambda: self._work.pace(evaluator.parameters.trained),
+            lambda: self.work.pace(evaluator.parameters.trained),
         )
         workers, small_workers = link.workers, min(plan.shares.small_workers, link.workers)
         self._crew = Crew([group_of(w, workers, small_workers) for w in range(1, workers + 1)])
+        self.members = Membership(link, self._crew, self.work, settings.server, emit, checkpoints)
+        self._reductions = Reductions(link, self._model, self._crew, self._next_report)
         self._left_out: set[str] = set()
         self._image_name = image_name
-        self._silent: set[int] = set()
         self._listened = 0.0
         self._wait_seconds = 0.0
-        self._to_answer: set[int] = set()
-        self._answered: set[int] = set()
-        self._regroup = False
-        self._replaced = 0
-        self._reports: dict[int, Report] = {}
-        self._asked = 0
-        self._slowness = [1.0] * workers
-        self._adapt_at = 1
-        self._checkpoints = checkpoints
         self._snapshots = Snapshots(
             self._model,
             self._book,
@@ -130,7 +124,7 @@ class ParameterServer:
     def resume(
         self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float = -math.inf
     ) -> None:
-        """Go on from a checkpoint, before `run`; with any number of workers.
+        """Go on from a checkpoint, before `Membership.fit_plan`; with any number of workers.
 
         Parameters
         ----------
@@ -141,17 +135,9 @@ class ParameterServer:
             Of the best checkpoint so far.
         """
         self._model.restore(checkpoint.model, checkpoint.server)
-        self._work.restore(checkpoint.rounds)
-        self._crew.commits.update(checkpoint.worker_commits)
+        self.work.restore(checkpoint.rounds)
+        self.members.resume(checkpoint.worker_commits)
         self._snapshots.resume(checkpoint, evaluated, best_accuracy)
-        self._slowness, self._adapt_at = [], int(self._book.epoch) + 1
-        if self._book.cuts[-1].workers != len(self._crew.active):
-            self._replan()
-
-    @property
-    def commits(self) -> int:
-        """Commits merged so far, of all workers."""
-        return self._book.commits
 
     @property
     def saved(self) -> Mapping[int, int]:
@@ -195,8 +181,8 @@ class ParameterServer:
                 await self._serve_bulk_synchronously()
             else:
                 await self._serve_asynchronously()
-            self._stop(self._crew.waiting)
-            self._call_off_replacements()
+            self.members.stop(self._crew.waiting)
+            self.members.call_off_replacements()
             while self._crew.present:
                 await self._next_report()
         except Interrupted:
@@ -214,7 +200,7 @@ class ParameterServer:
             worker, report = await self._next_report()
             if report.kind == ReportKind.COMMIT:
                 await self._take_commit(worker, report)
-                self._adapt()
+                self.members.adapt()
             await self._after_commits()
             await self._send_rounds()
 
@@ -224,10 +210,10 @@ class ParameterServer:
         event = self._count_commit(worker, report)
         reply = self._may_go_on(worker) and self._send_next_order(worker)
         try:
-            await self._model.merge(worker, self._work.factor(order), reply)
+            await self._model.merge(worker, self.work.factor(order), reply)
         except WorkerLost:
             self._uncount_commit(worker, order)
-            self._work.give_back(order)
+            self.work.give_back(order)
         else:
             self._emit("commit", event | self.own_seconds())
             self._announce_stage()
@@ -235,101 +221,34 @@ class ParameterServer:
     async def _serve_bulk_synchronously(self) -> None:
         """BSP: one reduction over all workers each round."""
         while not self._book.finished:
-            self._reports.clear()
             while self._crew.active - self._crew.waiting or not self._crew.active:
                 worker, report = await self._next_report()
                 if report.kind == ReportKind.COMMIT:
                     await self._snapshots.make_room(worker)
-                    self._reports[worker] = report
-                elif report.kind == ReportKind.UNDONE and worker in self._answered:
-                    await self._send_again(worker)
+                    self._crew.committed[worker] = report
+                elif report.kind == ReportKind.UNDONE:
+                    await self._reductions.send_again(worker, report)
             await self._reduce()
-            self._adapt()
+            self.members.adapt()
             await self._after_commits()
             await self._send_rounds()
 
     async def _reduce(self) -> None:
         """Merge what all workers have committed; again without those that die meanwhile."""
         while True:
-            if self._regroup:
-                await self._muster()
-            commits = {w: r for w, r in sorted(self._reports.items()) if w in self._crew.waiting}
+            await self._reductions.gather()
+            commits = dict(sorted(self._crew.committed.items()))
             if not commits:
                 return
             events = [self._count_commit(worker, report) for worker, report in commits.items()]
-            factors = [self._work.factor(self._crew.order_of(worker)) for worker in commits]
+            factors = [self.work.factor(self._crew.order_of(worker)) for worker in commits]
             weights = dict(zip(commits, reduction_weights(factors), strict=True))
-            order = self._ask(OrderKind.REDUCE)
-            newcomers = sorted(self._crew.newcomers)
-            order.newcomers = len(newcomers)
-            for worker in sorted(self._crew.waiting):
-                order.weight = weights.get(worker, 0.0)  # some have nothing to commit
-                order.position = newcomers.index(worker) if worker in newcomers else -1
-                self._link.order(worker, order)
-            if (not self._regroup or self._form_groups(newcomers)) and await self._reduced():
-                self._regroup = False
-                self._crew.lacking.clear()
+            if await self._reductions.reduce(weights):
                 for event in events:
                     self._emit("commit", event | self.own_seconds())
                 return
             for worker in commits:
                 self._uncount_commit(worker, self._crew.order_of(worker))
-            self._regroup = True
-            await self._all_answer()
-
-    def _form_groups(self, newcomers: list[int]) -> bool:
-        formed = self._model.regroup(newcomers)
-        if formed:
-            self._crew.newcomers.difference_update(newcomers)
-        return formed
-
-    def _adapt(self) -> None:
-        """Once an epoch, let the shares follow the workers' speeds where these have changed."""
-        due = self._settings.server.adapts and self._book.epoch >= self._adapt_at
-        if not due or not self._crew.active:
-            return
-        self._adapt_at = int(self._book.epoch) + 1
-        slowness = self._crew.slowness
-        changes = [new / old for new, old in zip(slowness, self._slowness, strict=False)]
-        if len(slowness) == len(self._slowness) and max(changes) < _CHANGE * min(changes):
-            return
-        self._slowness = slowness
-        plan = self._work.replan(len(slowness), self._crew.small_workers, slowness)
-        self._emit("adapted", {"commit": self._book.commits, "slowness": slowness} | plan)
-
-    async def _muster(self) -> None:
-        """Make sure that all are there who are to form new groups: one that hangs holds up all."""
-        order = self._ask(OrderKind.MUSTER)
-        for worker in sorted(self._crew.waiting):
-            self._link.order(worker, order)
-        await self._all_answer()
-
-    def _ask(self, kind: OrderKind) -> Order:
-        """An order that those who wait answer, unless they carry it out."""
-        self._answered.clear()
-        self._to_answer = set(self._crew.waiting)
-        self._asked += 1
-        return Order(kind, index=self._asked, regroup=self._regroup)
-
-    async def _all_answer(self) -> None:
-        self._crew.expect(self._to_answer & self._crew.waiting - self._answered, self._link.now())
-        while self._to_answer & self._crew.waiting - self._answered:
-            await self._next_report()
-
-    async def _reduced(self) -> bool:
-        try:
-            await self._model.reduce()
-        except ReductionBroken:
-            return False
-        return True
-
-    async def _send_again(self, worker: int) -> None:
-        """The worker has missed the end of a reduction that was done elsewhere."""
-        self._regroup = True
-        if worker in self._crew.waiting:
-            self._crew.lacking.add(worker)
-        elif worker in self._crew.active:
-            await self._model.send(worker)
 
     async def _send_rounds(self) -> None:
         """Give every worker that waits its next round, unless it must wait for others (SSP)."""
@@ -347,27 +266,22 @@ class ParameterServer:
 
     def _may_go_on(self, worker: int) -> bool:
         """Whether a worker that has committed may start its next round (SSP's bound)."""
-        if self._settings.server.sync != "ssp":
-            return True
-        slowest = min(self._crew.commits[other] for other in self._crew.active)
-        return self._crew.commits[worker] - slowest <= self._settings.server.staleness
+        server = self._settings.server
+        return server.sync != "ssp" or self._crew.lead(worker) <= server.staleness
 
     def _send_next_order(self, worker: int) -> bool:
         """Order a worker that waits to train its next round; whether there is one."""
         crew = self._crew
-        order = self._work.next_order(crew.group(worker), crew.slot(worker), crew.commits[worker])
+        order = self.work.next_order(crew.group(worker), crew.slot(worker), crew.commits[worker])
         if order is None:
             return False
-        self._send_order(worker, order)
-        return True
-
-    def _send_order(self, worker: int, order: Order) -> None:
-        self._crew.note_order(worker, order, self._link.now())
+        crew.note_order(worker, order, self._link.now())
         self._link.order(worker, order)
+        return True
 
     def _announce_stage(self) -> None:
         """Log that a stage has begun, once workers have been sent into it."""
-        if (stage := self._work.new_stage()) is not None:
+        if (stage := self.work.new_stage()) is not None:
             self._emit("stage", stage)
 
     def _count_commit(self, worker: int, report: Report) -> dict[str, Any]:
@@ -376,11 +290,11 @@ class ParameterServer:
         self._crew.refused[worker] = 0
         self._crew.note_seconds(worker, report.train_seconds)
         who = {"worker": worker, "group": self._crew.group(worker).value}
-        return self._work.count(self._crew.order_of(worker), report) | who | _seconds(report)
+        return self.work.count(self._crew.order_of(worker), report) | who | _seconds(report)
 
     def _uncount_commit(self, worker: int, order: Order) -> None:
         """A commit was cut short by its worker's death, or by another's in a reduction."""
-        self._work.uncount(order)
+        self.work.uncount(order)
         self._crew.commits[worker] -= 1
 
     async def _after_commits(self) -> None:
@@ -394,7 +308,8 @@ class ParameterServer:
             self._snapshots.poll()
             if self._signal_number():
                 raise Interrupted(self._signal_number())
-            self._watch()
+            if not self._inline:  # else nobody runs now
+                self.members.watch(self._listened)
             start = self._link.now()
             item = await self._link.next_report(_POLL_SECONDS)
             self._listened = self._link.now()
@@ -412,130 +327,20 @@ class ParameterServer:
     def _note(self, worker: int, report: Report) -> None:
         """Keep account of a report."""
         if report.kind == ReportKind.LOST:
-            self._lose(worker)
+            self.members.lose(worker)
             return
         if report.kind == ReportKind.JOIN and worker not in self._crew.active:
-            self._admit(worker)
+            self.members.admit(worker)
         self._crew.note_report(worker, report, self._link.now())
         if report.kind == ReportKind.PROGRESS:
             self._emit("progress", {"worker": worker, "samples": report.samples})
         elif report.kind == ReportKind.LEFT_OUT:
             self._note_left_out(self._image_name(report.index))
-        elif report.kind in (ReportKind.UNDONE, ReportKind.PRESENT):
-            if report.index == self._asked:
-                self._answered.add(worker)
         elif report.kind == ReportKind.DIVERGED:
-            self._refuse(worker)
+            self.members.refuse(worker)
         elif report.kind == ReportKind.LEAVE:
             group = self._crew.group(worker).value
             self._emit("leave", {"worker": worker, "group": group} | _seconds(report))
-
-    def _refuse(self, worker: int) -> None:
-        """A round has ended in NaN or infinity: it is done again, from the last good model."""
-        order = self._crew.order_of(worker)
-        self._work.give_back(order)
-        self._crew.refused[worker] += 1
-        where = {"epoch": order.epoch, "stage": order.stage, "learning_rate": order.learning_rate}
-        self._emit(
-            "refused",
-            {"commit": self._book.commits, "worker": worker, "times": self._crew.refused[worker]}
-            | where,
-        )
-        if self._crew.refused[worker] < self._settings.server.refusals:
-            return
-        self._crew.dismiss(worker)
-        self._emit("dropped", {"commit": self._book.commits, "worker": worker} | where)
-        if not self._crew.active:
-            before = ""
-            if self._checkpoints is not None and has_checkpoint(self._checkpoints):
-                before = "; the checkpoints written before are good"
-            raise UserError(
-                f"training diverged (loss or weights no longer finite) in epoch {order.epoch}, "
-                f"stage {order.stage} (learning rate {order.learning_rate:g}, "
-                f"{order.resolution}x{order.resolution}), on every worker: lower "
-                f"schedule.learning_rate and start again{before}"
-            )
-        if not self._settings.server.synchronous:  # else it takes part in reductions, with nothing
-            self._stop({worker})
-        self._replan()
-
-    def _lose(self, worker: int) -> None:
-        """A worker has died: others do what it leaves undone."""
-        if worker not in self._crew.present:  # a replacement that was called off
-            return
-        trained = worker in self._crew.active
-        wanted = trained or worker in self._crew.awaited
-        order = self._crew.lose(worker)
-        if order is not None:
-            self._work.give_back(order)
-        self._reports.pop(worker, None)
-        self._regroup = True
-        group = self._crew.group(worker).value
-        self._emit("lost", {"commit": self._book.commits, "worker": worker, "group": group})
-        if not wanted or self._book.finished:
-            return
-        if trained and self._crew.active:
-            self._replan()
-        self._replace(worker)
-        if not self._crew.active and not self._crew.awaited:
-            folder = "RUN" if self._checkpoints is None else self._checkpoints.parent
-            raise UserError(f"all workers were lost: go on with hdb train --resume {folder}")
-
-    def _replace(self, worker: int) -> None:
-        """Start another process in place of a lost worker, if that is wanted and possible."""
-        if self._replaced == self._settings.server.replacements:
-            return
-        if self._link.replace(worker):
-            self._replaced += 1
-            self._crew.await_replacement(worker, self._link.now())
-        else:
-            self._emit("irreplaceable", {"commit": self._book.commits, "worker": worker})
-
-    def _call_off_replacements(self) -> None:
-        """Nothing is left to do for those that have not joined, if they ever would."""
-        for worker in sorted(self._crew.awaited):
-            self._crew.lose(worker)
-            self._emit("called_off", {"commit": self._book.commits, "worker": worker})
-            with contextlib.suppress(UserError):  # it is where we cannot end it
-                self._link.fence(worker)
-
-    def _admit(self, worker: int) -> None:
-        """The replacement of a lost worker has joined."""
-        if self._settings.server.sync == "ssp":  # it need not catch up
-            others = [self._crew.commits[w] for w in self._crew.active]
-            self._crew.commits[worker] = min(others, default=self._crew.commits[worker])
-        self._crew.admit(worker)
-        self._regroup = True
-        group = self._crew.group(worker).value
-        self._emit("replaced", {"commit": self._book.commits, "worker": worker, "group": group})
-        if not self._book.finished:
-            self._replan()
-
-    def _replan(self) -> None:
-        """Solve the plan for the workers that are left."""
-        plan = self._work.replan(len(self._crew.active), self._crew.small_workers)
-        self._crew.regroup(plan["small_workers"])
-        self._emit("plan", plan)
-
-    def _watch(self) -> None:
-        """Report workers that have not been heard of for long, and end them if so configured."""
-        if self._inline:  # nobody else runs now
-            return
-        server, now = self._settings.server, self._link.now()
-        self._crew.excuse(now - self._listened)
-        self._listened = now
-        silent = self._crew.silent(now, server.silent_seconds, _SILENT_ROUNDS)
-        for worker in silent:
-            if worker not in self._silent:
-                self._emit("silent", {"commit": self._book.commits, "worker": worker})
-                if server.silent_worker == "drop":
-                    self._link.fence(worker)
-        self._silent = set(silent)
-
-    def _stop(self, workers: set[int]) -> None:
-        """Let workers that wait for an order go."""
-        for worker in sorted(workers & self._crew.waiting):
-            self._send_order(worker, Order(OrderKind.STOP))
 
     def _note_left_out(self, file: str) -> None:
         if file not in self._left_out:
@@ -548,7 +353,7 @@ class ParameterServer:
         self._link.interrupt()
         deadline = self._link.now() + _LEAVE_SECONDS
         while self._crew.present and self._link.now() < deadline:
-            self._stop(self._crew.waiting)
+            self.members.stop(self._crew.waiting)
             item = await self._link.next_report(_POLL_SECONDS)
             if item is None:
                 continue

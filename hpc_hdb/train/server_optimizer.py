@@ -21,6 +21,9 @@ from torch import Tensor
 
 from hpc_hdb.config import Schedule, Server
 
+_ROUNDING = 1e-6
+"""Of the number of versions, which is made of fractions of epochs."""
+
 
 class Kept(enum.IntEnum):
     """The buffers of a version of the model that a server may keep."""
@@ -177,10 +180,10 @@ def pace_of(trained: int, epoch: float, per_epoch: int, server: Server, schedule
     epoch : float
         Epochs done, the new version's commits included.
     per_epoch : int
-        Versions in an epoch.
+        Versions in an epoch; in BSP, if all workers commit to each.
     """
     begin = max(0.0, epoch - 1 / server.commits_per_epoch)
-    version = round(epoch * per_epoch)
+    version = math.ceil(epoch * per_epoch - _ROUNDING)
     if server.average == "ema":
         weight = ema_weight(version, server.average_half_life * per_epoch)
     else:

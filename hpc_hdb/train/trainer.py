@@ -182,7 +182,8 @@ class Trainer:
                 tell(Report(ReportKind.PROGRESS, samples=report.samples))
         left_out, self._loader.left_out = self._loader.left_out, []
         if self._group is not None:
-            self._end_shared_round(self._group)
+            # Running statistics are of each rank's own rows.
+            self._group.average_([b for b in self.model.buffers() if b.is_floating_point()])
             totals, left_out = self._group.sum(totals), self._group.collect(left_out)
         for sample in left_out:
             tell(Report(ReportKind.LEFT_OUT, index=sample))
@@ -259,10 +260,6 @@ class Trainer:
         self._scaler.scale(loss * weight).backward()
         correct = (scores.argmax(1) == labels).sum()
         return torch.stack((loss.detach() * len(labels), correct.to(loss.dtype)))
-
-    def _end_shared_round(self, group: RankGroup) -> None:
-        """Average what the ranks have in their buffers: running statistics of their own rows."""
-        group.average_([b for b in self.model.buffers() if b.is_floating_point()])
 
     def state(self) -> dict:
         """What of this worker outlives a round and is not in the model's buffer."""

@@ -34,6 +34,11 @@ class Work:
         self._settings = settings
         self._stage = self._announced = -1
 
+    @property
+    def newest_plan(self) -> TrainingPlan:
+        """The plan that was solved last; it may hold from a later epoch on."""
+        return self._plans[max(self._plans)]
+
     def restore(self, rounds: dict[str, Any]) -> None:
         """Go on from a `RoundBook.state`."""
         self.book.restore(rounds)
