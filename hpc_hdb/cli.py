@@ -151,7 +151,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Solve the dual-batch plan: of a configuration, or of figures on the command line."""
-    from hpc_hdb.report.plan_tables import commit_note, dual_batch_table, rate_note
+    from hpc_hdb.report.plan_notes import plan_notes
+    from hpc_hdb.report.plan_tables import dual_batch_table
     from hpc_hdb.report.tables import plan_table
 
     figures = {
@@ -180,11 +181,8 @@ def plan(
             print(json.dumps(solved.to_dict() | {"topology": advice.values}, indent=2))
         else:
             console.print(plan_table(solved))
-            if note := rate_note(settings.schedule, solved.shares.workers):
+            for note in (*plan_notes(solved, settings), advice.line):
                 console.print(note, highlight=False, soft_wrap=True)
-            if note := commit_note(solved, settings.server.commits_per_epoch):
-                console.print(note, highlight=False, soft_wrap=True)
-            console.print(advice.line, highlight=False, soft_wrap=True)
         return
     if overrides:
         raise UserError(f"--set {overrides[0]} changes a CONFIG: give one, or leave it out")
@@ -208,7 +206,7 @@ def plan(
 def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> Any:
     with lasting_imports():
         from hpc_hdb.run.planning import known_timing, make_plan
-        from hpc_hdb.train.data import open_data
+        from hpc_hdb.train.data import count_images
 
     timing = known_timing(settings, workers)
     if timing is None:
@@ -218,7 +216,7 @@ def _plan_of(settings: Settings, workers: int | None, samples: int | None) -> An
         )
     if samples is None:
         try:
-            samples = len(open_data(settings.data, "train").labels)
+            samples = count_images(settings.data)
         except UserError as error:
             raise UserError(f"{error}; or give their number: --samples") from None
     return make_plan(settings, workers or settings.plan.workers, samples, timing)
@@ -334,8 +332,10 @@ def _settings_to_train(
     config: str | None, overrides: list[str] | None, resume: Path | None, best: bool
 ) -> tuple[Settings, str]:
     """The settings and a name for the run folder; a resumed run has both already."""
-    if (config is None) == (resume is None):
+    if config is None and resume is None:
         raise UserError("give a CONFIG to train, or --resume RUN to go on with a run")
+    if config is not None and resume is not None:
+        raise UserError(f"--resume goes on with the run's own configuration: leave out '{config}'")
     if best and resume is None:
         raise UserError("--best is for going on with a run: give --resume RUN as well")
     if resume is not None:

@@ -284,14 +284,14 @@ def _time_line(
 def _plan(settings: Settings, workers: int, samples: int | None) -> TrainingPlan | str:
     """The plan, or why there is none beforehand."""
     from hpc_hdb.run.planning import known_timing, make_plan
-    from hpc_hdb.train.data import open_data
+    from hpc_hdb.train.data import count_images
 
     timing = known_timing(settings, workers)
     if timing is None:
         return "batch times are measured as the run starts (or beforehand, with --profile)"
     if samples is None:
         try:
-            samples = len(open_data(settings.data, "train").labels)
+            samples = count_images(settings.data)
         except UserError as error:
             return f"{error} (or give --samples)"
     return make_plan(settings, workers, samples, timing)

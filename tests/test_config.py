@@ -18,6 +18,7 @@ from hpc_hdb.config import (
 )
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime
+from hpc_hdb.report.plan_notes import idle_settings
 
 
 def complaint(config: str, *overrides: str) -> str:
@@ -330,6 +331,63 @@ def test_a_wrong_value_names_its_setting(override: str, told: str) -> None:
 )
 def test_settings_that_do_not_go_together_are_told_so(overrides: list[str], told: str) -> None:
     assert told in complaint("digits", *overrides)
+
+
+ALL_REDUCE = "server.sync=allreduce"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["schedule.reference_batch=64"],
+            "schedule.reference_batch = 64 does nothing: it is for "
+            'schedule.scale_with_batch = "linear" or "sqrt"',
+        ),
+        (["schedule.decay=cosine", "schedule.factor=0.5"], 'it is for schedule.decay = "step"'),
+        (["server.outer_rate=0.7"], 'it is for server.optimizer = "nesterov" or "slowmo"'),
+        (["server.outer_momentum=0.9"], 'it is for server.optimizer = "nesterov" or "slowmo"'),
+        (["server.average=ema", "server.average_from=3"], 'it is for server.average = "swa"'),
+        (["server.average=swa", "server.average_half_life=3"], 'it is for server.average = "ema"'),
+        (["server.sync=bsp", "server.merge=compsac"], 'it is for server.sync = "asp" or "ssp"'),
+        (
+            ["server.staleness=2"],
+            'server.staleness = 2 does nothing: it is for server.sync = "ssp"',
+        ),
+        (["server.adaptive=true"], "server.adaptive = true does nothing"),
+        (
+            [ALL_REDUCE, "schedule.scale_with_workers=linear"],
+            'schedule.scale_with_workers = "linear" does nothing with server.sync = "allreduce"',
+        ),
+    ],
+)
+def test_a_setting_that_does_nothing_is_named(overrides: list[str], told: str) -> None:
+    (line,) = idle_settings(load_settings("digits", overrides))
+    assert told in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.scale_with_batch=sqrt", "schedule.reference_batch=64"],
+        ["server.optimizer=slowmo", "server.outer_rate=0.7", "server.outer_momentum=0.9"],
+        ["server.average=swa", "server.average_from=3"],
+        ["server.average=ema", "server.average_half_life=3", "server.average_from=0"],
+        ["server.sync=ssp", "server.staleness=2", "server.merge=compsac", "server.adaptive=true"],
+        [
+            *(ALL_REDUCE, "schedule.scale_with_workers=linear"),
+            *("schedule.scale_with_batch=linear", "schedule.reference_batch=64"),
+        ],
+    ],
+)
+def test_a_setting_that_does_something_is_not(overrides: list[str]) -> None:
+    assert not list(idle_settings(load_settings("digits", overrides)))
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_presets_have_no_setting_that_does_nothing(preset: str) -> None:
+    assert not list(idle_settings(load_settings(preset)))
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,21 @@ def test_the_schedule_says_what_becomes_of_the_rates() -> None:
     assert "learning rate:" not in succeed("hdb", "schedule", "digits")
 
 
+def test_a_run_begins_with_what_becomes_of_its_rates_and_of_idle_settings(tmp_path: Path) -> None:
+    words = sets(
+        *("plan.workers=2", "plan.small_workers=0", "schedule.epochs=1", "schedule.milestones=[]"),
+        *("schedule.warmup=0.5", "schedule.scale_with_workers=linear", "server.outer_rate=0.5"),
+        *("server.commits_per_epoch=1", f"run.output={tmp_path / 'run'}"),
+    )
+    told = succeed("hdb", "simulate", "digits", *RUN, *words, cwd=PROGRAMS)
+    below_table = told.partition("epoch time as predicted")[2]
+    assert (
+        "\nlearning rate: as a stage begins; times 2 with 2 workers, warmed up over 0.5 epochs\n"
+        'server.outer_rate = 0.5 does nothing: it is for server.optimizer = "nesterov" or "slowmo"'
+        "\n"
+    ) in below_table
+
+
 def test_label_smoothing_spreads_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROGRAMS)
     values = {

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, Stage, plan_training
 from hpc_hdb.report.events import read_events
@@ -438,7 +439,7 @@ def watch(console: Console) -> str:
     """What a user sees of a run that was resumed, evaluated once and then ended."""
     progress = Progress(console)
     progress.show({"event": "resume", "time": 1.0, "commit": 2})
-    progress.begin(make_plan(), 1)
+    progress.begin(make_plan(), Settings())
     progress.show(commit(3, 1.0, 1, train=1.0))
     progress.show({"event": "progress", "time": 1.5, "worker": 2, "samples": 10})
     progress.show(evaluation(4, 12.3, accuracy=0.4321))

@@ -119,7 +119,7 @@ def serve(
         log.emit("damaged", damage)
     if checkpoint is not None:
         server.resume(checkpoint, _last_evaluated(folder), best_accuracy)
-    progress.begin(plan, settings.server.commits_per_epoch, settings.server.server_ranks)
+    progress.begin(plan, settings)
     try:
         model = drive(server.run())
     except Interrupted as interruption:
