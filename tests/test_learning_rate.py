@@ -191,10 +191,11 @@ def test_each_step_has_the_rate_of_its_moment(tmp_path: Path) -> None:
     assert rates_of_steps(tmp_path / "1") == pytest.approx(expected[:-1], abs=2e-6)
 
 
-def test_small_batches_and_more_workers_change_the_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sync", ["asp", "ssp", "bsp"])
+def test_small_batches_and_more_workers_change_the_rate(tmp_path: Path, sync: str) -> None:
     commits = simulate(
         tmp_path / "run",
-        *("plan.workers=3", "plan.small_workers=1", "schedule.epochs=2", "server.sync=asp"),
+        *("plan.workers=3", "plan.small_workers=1", "schedule.epochs=2", f"server.sync={sync}"),
         *("schedule.milestones=[]", "schedule.scale_with_workers=linear"),
         *("schedule.scale_with_batch=sqrt", "schedule.reference_batch=10"),
     )

@@ -180,7 +180,9 @@ def simulate(words: list[str], resume: Path | None = None) -> int:
         return train_virtually(settings, "test", resume, False, Progress(Console(quiet=True)))
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("bsp-2", "nesterov"), ("asp-3", "slowmo")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("bsp-2", "nesterov"), ("asp-3", "slowmo"), ("ssp-4", "nesterov")]
+)
 def test_more_servers_give_the_same_bits(
     train: Callable[..., Path], name: str, optimizer: str
 ) -> None:
@@ -194,7 +196,7 @@ def test_mpi_gives_the_bits_of_the_virtual_clock(train: Callable[..., Path]) -> 
     assert_same_bits(over_mpi, final_model(train("bsp-2", **EVERYTHING)))
 
 
-@pytest.mark.parametrize("sync", ["asp", "allreduce"])
+@pytest.mark.parametrize("sync", ["asp", "ssp", "allreduce"])
 def test_a_single_worker_has_a_server_optimizer_too(train: Callable[..., Path], sync: str) -> None:
     """Which then goes from where it was to where the worker has come, and beyond or not so far."""
     with_it, without = (
@@ -245,10 +247,11 @@ def test_the_result_is_the_average_of_the_versions(train: Callable[..., Path]) -
         torch.testing.assert_close(value, (first[name] + second[name]) / 2, msg=name)
 
 
+@pytest.mark.parametrize("name", ["asp-3", "ssp-4"])
 def test_what_is_evaluated_is_what_is_saved(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    folder = train("asp-3", **EVERYTHING)
+    folder = train(name, **EVERYTHING)
     last = [event for event in events(folder) if event["event"] == "evaluation"][-1]
     monkeypatch.chdir(PROGRAMS)
     (folder / "model.pt").rename(folder / "model")
