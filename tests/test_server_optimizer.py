@@ -196,6 +196,16 @@ def test_mpi_gives_the_bits_of_the_virtual_clock(train: Callable[..., Path]) -> 
     assert_same_bits(over_mpi, final_model(train("bsp-2", **EVERYTHING)))
 
 
+def test_ssp_is_asp_where_its_bound_never_holds(train: Callable[..., Path]) -> None:
+    rates = {"decay": "cosine", "warmup": 1, "scale_with_workers": "sqrt"}
+    settings = EVERYTHING | {f"schedule.{key}": value for key, value in rates.items()}
+    ssp = settings | {"server.sync": "ssp", "server.staleness": 99}
+    asp = final_model(train("asp-3", **settings))
+    assert_same_bits(final_model(train("asp-3", **ssp)), asp)
+    bound = final_model(train("asp-3", **ssp | {"server.staleness": 0}))
+    assert not torch.equal(bound["fc.1.weight"], asp["fc.1.weight"])
+
+
 @pytest.mark.parametrize("sync", ["asp", "ssp", "allreduce"])
 def test_a_single_worker_has_a_server_optimizer_too(train: Callable[..., Path], sync: str) -> None:
     """Which then goes from where it was to where the worker has come, and beyond or not so far."""
