@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dali_pipelines.augmentation import Augmentation
 from hpc_hdb.config import (
     Settings,
     load_settings,
@@ -81,7 +82,7 @@ def test_the_papers_presets_have_nothing_that_the_paper_has_not(preset: str) -> 
     assert settings.server == plain.server
     for section, keys in {
         "schedule": ("decay", "warmup", "scale_with_workers", "scale_with_batch"),
-        "train": ("label_smoothing", "keep_momentum"),
+        "train": ("label_smoothing", "keep_momentum", "decay_norms", "crop_area"),
     }.items():
         for key in keys:
             assert getattr(getattr(settings, section), key) == getattr(getattr(plain, section), key)
@@ -95,16 +96,25 @@ def test_our_imagenet_keeps_the_papers_plan_and_its_epochs_at_each_resolution() 
     own, papers = load_settings("imagenet"), load_settings("paper-imagenet")
     assert own.plan == papers.plan
 
-    def epochs_at(settings: Settings) -> dict[tuple[int, float, int | None], int]:
-        """Epochs of each resolution with its dropout and large batch, over all cycles."""
-        total: dict[tuple[int, float, int | None], int] = {}
+    def epochs_at(settings: Settings) -> dict[tuple[int, int | None], int]:
+        """Epochs of each resolution with its large batch, over all cycles."""
+        total: dict[tuple[int, int | None], int] = {}
         for stage in settings.schedule.stages():
-            key = (stage.resolution, stage.dropout, stage.large_batch)
+            key = (stage.resolution, stage.large_batch)
             total[key] = total.get(key, 0) + stage.end_epoch - stage.start_epoch
         return total
 
     assert epochs_at(own) == epochs_at(papers)
     assert set(epochs_at(own).values()) == {35}
+
+
+def test_our_imagenet_only_crops_and_flips_its_images() -> None:
+    settings = load_settings("imagenet")
+    train = settings.train
+    how = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
+    assert (how.crops, how.change) == (True, "flip")
+    assert {stage.dropout for stage in settings.schedule.stages()} == {0.0}
+    assert not train.decay_norms
 
 
 def test_our_presets_have_a_cosine_and_one_cycle_of_resolutions() -> None:

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.config import Schedule, load_settings, parse_settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import RateSchedule
@@ -247,6 +248,25 @@ def test_a_run_begins_with_what_becomes_of_its_rates_and_of_idle_settings(tmp_pa
         'server.outer_rate = 0.5 does nothing: it is for server.optimizer = "nesterov" or "slowmo"'
         "\n"
     ) in below_table
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_norms_and_biases_decay_only_if_they_are_to(
+    monkeypatch: pytest.MonkeyPatch, decay_norms: bool
+) -> None:
+    """There is one class, so that nothing else moves the weights."""
+    monkeypatch.chdir(PROGRAMS)
+    words = ["train.device=cpu", f"train.decay_norms={str(decay_norms).lower()}"]
+    settings = load_settings("digits", [*RUN[1::2], *words])
+    trainer = make_trainer(settings, open_data(settings.data, "train"), torch.device("cpu"))
+    nn.init.ones_(trainer.model.norm.bias)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    order = Order(OrderKind.TRAIN, end=20, resolution=8, batch=10, learning_rate=0.1)
+    trainer.train_round(order, lambda: False, lambda _: None)
+    for name, value in trainer.model.named_parameters():
+        decays = decay_norms or name in ("conv.weight", "fc.1.weight")
+        left = (1 - 0.1 * DECAY) ** 2 if decays else 1
+        torch.testing.assert_close(value, left * before[name], msg=name)
 
 
 def test_label_smoothing_spreads_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,6 +311,8 @@ RESUMED = sets(
     "schedule.decay=cosine",
     "server.sync=bsp",
     "server.commits_per_epoch=2",
+    "train.weight_decay=0.05",
+    "train.decay_norms=false",  # whose optimizer has two groups of parameters
     *(f"{key}={value}" for key, value in OUTER.items()),
 )
 
