@@ -211,8 +211,10 @@ def _settings_to_train(
     config: str | None, overrides: list[str] | None, resume: Path | None, best: bool
 ) -> tuple[Settings, str]:
     """The settings and a name for the run folder; a resumed run has both already."""
-    if (config is None) == (resume is None):
+    if config is None and resume is None:
         raise UserError("give a CONFIG to train, or --resume RUN to go on with a run")
+    if config is not None and resume is not None:
+        raise UserError(f"--resume goes on with the run's own configuration: leave out '{config}'")
     if best and resume is None:
         raise UserError("--best is for going on with a run: give --resume RUN as well")
     if resume is not None:

@@ -83,7 +83,7 @@ def plan(
 def _show_plan(settings: Settings, workers: int | None, samples: int | None, as_json: bool) -> None:
     """A configuration's plan, and what is to be said of it."""
     with lasting_imports():
-        from hpc_hdb.report.plan_tables import commit_note, rate_note
+        from hpc_hdb.report.plan_notes import plan_notes
         from hpc_hdb.report.tables import plan_table
         from hpc_hdb.run.planning import large_batch_note, plan_beforehand
 
@@ -96,9 +96,8 @@ def _show_plan(settings: Settings, workers: int | None, samples: int | None, as_
     console = find_console()
     console.print(plan_table(solved))
     for note in (
-        rate_note(settings.schedule, solved.shares.workers),
+        *plan_notes(solved, settings),
         large_batch_note(settings),
-        commit_note(solved, settings.server.commits_per_epoch),
         advice.line if advice else "",
     ):
         if note:

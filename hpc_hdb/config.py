@@ -197,6 +197,8 @@ class Train(Section):
 
     momentum: Probability = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    decay_norms: bool = True
+    """Whether weight decay takes biases and the parameters of normalisation too."""
     nesterov: bool = False
     keep_momentum: bool = True
     """Whether the optimizer's state outlives a round."""

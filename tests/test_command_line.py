@@ -287,6 +287,13 @@ def test_a_damaged_timing_file_is_refused_by_name(hdb: Terminal, tmp_path: Path,
     assert told.endswith("): write it again with 'hdb profile'\n")
 
 
+def test_a_plan_counts_synthetic_images_without_making_them(hdb: Terminal) -> None:
+    """These would take 150 TB."""
+    images = ("data.synthetic_samples=1281167", "data.synthetic_side=3200")
+    words = sets(TIMING, "data.source=synthetic", *images)
+    assert hdb.json("plan", "digits", *words)["samples"] == 1_281_167
+
+
 # ---- errors -----------------------------------------------------------------------------------
 
 
@@ -338,7 +345,10 @@ def test_a_damaged_timing_file_is_refused_by_name(hdb: Terminal, tmp_path: Path,
         (["schedule"], "'CONFIG'"),
         (["trian", "digits"], "'trian'"),
         (["train"], "give a CONFIG to train, or --resume RUN"),
-        (["train", "digits", "--resume", "runs/one"], "give a CONFIG to train, or --resume RUN"),
+        (
+            ["train", "digits", "--resume", "runs/one"],
+            "--resume goes on with the run's own configuration: leave out 'digits'",
+        ),
         (["train", "--resume", ".", "--set", "run.seed=1"], "leave out --set"),
         (["train", "digits", "--data-copy", "here"], "--data-copy is for ranks under a launcher"),
         (["train", "--resume", "."], "is not a run folder: it has no config.toml"),

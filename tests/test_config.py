@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dali_pipelines.augmentation import Augmentation
 from hpc_hdb.config import Settings
 from hpc_hdb.config_files import load_settings, parse_settings, preset_names, read_settings, tomllib
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime
+from hpc_hdb.report.plan_notes import idle_settings
 
 
 def complaint(config: str, *overrides: str) -> str:
@@ -74,7 +76,7 @@ def test_the_papers_presets_have_nothing_that_the_paper_has_not(preset: str) -> 
     assert settings.server == plain.server
     for section, keys in {
         "schedule": ("decay", "warmup", "scale_with_workers", "scale_with_batch"),
-        "train": ("label_smoothing", "keep_momentum"),
+        "train": ("label_smoothing", "keep_momentum", "decay_norms", "crop_area"),
     }.items():
         for key in keys:
             assert getattr(getattr(settings, section), key) == getattr(getattr(plain, section), key)
@@ -88,16 +90,25 @@ def test_our_imagenet_keeps_the_papers_plan_and_its_epochs_at_each_resolution() 
     own, papers = load_settings("imagenet"), load_settings("paper-imagenet")
     assert own.plan == papers.plan
 
-    def epochs_at(settings: Settings) -> dict[tuple[int, float, int | None], int]:
-        """Epochs of each resolution with its dropout and large batch, over all cycles."""
-        total: dict[tuple[int, float, int | None], int] = {}
+    def epochs_at(settings: Settings) -> dict[tuple[int, int | None], int]:
+        """Epochs of each resolution with its large batch, over all cycles."""
+        total: dict[tuple[int, int | None], int] = {}
         for stage in settings.schedule.stages():
-            key = (stage.resolution, stage.dropout, stage.large_batch)
+            key = (stage.resolution, stage.large_batch)
             total[key] = total.get(key, 0) + stage.end_epoch - stage.start_epoch
         return total
 
     assert epochs_at(own) == epochs_at(papers)
     assert set(epochs_at(own).values()) == {35}
+
+
+def test_our_imagenet_only_crops_and_flips_its_images() -> None:
+    settings = load_settings("imagenet")
+    train = settings.train
+    how = Augmentation(train.flip, train.rotation, train.zoom, train.crop_area)
+    assert (how.crops, how.change) == (True, "flip")
+    assert {stage.dropout for stage in settings.schedule.stages()} == {0.0}
+    assert not train.decay_norms
 
 
 def test_our_presets_have_a_cosine_and_one_cycle_of_resolutions() -> None:
@@ -324,6 +335,63 @@ def test_a_wrong_value_names_its_setting(override: str, told: str) -> None:
 )
 def test_settings_that_do_not_go_together_are_told_so(overrides: list[str], told: str) -> None:
     assert told in complaint("digits", *overrides)
+
+
+ALL_REDUCE = "server.sync=allreduce"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["schedule.reference_batch=64"],
+            "schedule.reference_batch = 64 does nothing: it is for "
+            'schedule.scale_with_batch = "linear" or "sqrt"',
+        ),
+        (["schedule.decay=cosine", "schedule.factor=0.5"], 'it is for schedule.decay = "step"'),
+        (["server.outer_rate=0.7"], 'it is for server.optimizer = "nesterov" or "slowmo"'),
+        (["server.outer_momentum=0.9"], 'it is for server.optimizer = "nesterov" or "slowmo"'),
+        (["server.average=ema", "server.average_from=3"], 'it is for server.average = "swa"'),
+        (["server.average=swa", "server.average_half_life=3"], 'it is for server.average = "ema"'),
+        (["server.sync=bsp", "server.merge=compsac"], 'it is for server.sync = "asp" or "ssp"'),
+        (
+            ["server.staleness=2"],
+            'server.staleness = 2 does nothing: it is for server.sync = "ssp"',
+        ),
+        (["server.adaptive=true"], "server.adaptive = true does nothing"),
+        (
+            [ALL_REDUCE, "schedule.scale_with_workers=linear"],
+            'schedule.scale_with_workers = "linear" does nothing with server.sync = "allreduce"',
+        ),
+    ],
+)
+def test_a_setting_that_does_nothing_is_named(overrides: list[str], told: str) -> None:
+    (line,) = idle_settings(load_settings("digits", overrides))
+    assert told in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.scale_with_batch=sqrt", "schedule.reference_batch=64"],
+        ["server.optimizer=slowmo", "server.outer_rate=0.7", "server.outer_momentum=0.9"],
+        ["server.average=swa", "server.average_from=3"],
+        ["server.average=ema", "server.average_half_life=3", "server.average_from=0"],
+        ["server.sync=ssp", "server.staleness=2", "server.merge=compsac", "server.adaptive=true"],
+        [
+            *(ALL_REDUCE, "schedule.scale_with_workers=linear"),
+            *("schedule.scale_with_batch=linear", "schedule.reference_batch=64"),
+        ],
+    ],
+)
+def test_a_setting_that_does_something_is_not(overrides: list[str]) -> None:
+    assert not list(idle_settings(load_settings("digits", overrides)))
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_presets_have_no_setting_that_does_nothing(preset: str) -> None:
+    assert not list(idle_settings(load_settings(preset)))
 
 
 @pytest.mark.parametrize(

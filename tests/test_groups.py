@@ -71,6 +71,8 @@ SHARED = {
     "schedule.learning_rate": 0.02,
     "schedule.large_batch": [63, 41],
     "schedule.dropout": [0.2, 0.5],
+    "train.weight_decay": 0.05,
+    "train.decay_norms": "false",
 }
 """Odd batches, which two ranks cannot share evenly; flips, rotations, zooms and dropout are on."""
 

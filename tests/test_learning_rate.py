@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from hpc_hdb.cluster.messages import Order, OrderKind
 from hpc_hdb.config import Schedule
 from hpc_hdb.config_files import load_settings, parse_settings
 from hpc_hdb.errors import UserError
@@ -192,10 +193,11 @@ def test_each_step_has_the_rate_of_its_moment(tmp_path: Path) -> None:
     assert rates_of_steps(tmp_path / "1") == pytest.approx(expected[:-1], abs=2e-6)
 
 
-def test_small_batches_and_more_workers_change_the_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sync", ["asp", "ssp", "bsp"])
+def test_small_batches_and_more_workers_change_the_rate(tmp_path: Path, sync: str) -> None:
     commits = simulate(
         tmp_path / "run",
-        *("plan.workers=3", "plan.small_workers=1", "schedule.epochs=2", "server.sync=asp"),
+        *("plan.workers=3", "plan.small_workers=1", "schedule.epochs=2", f"server.sync={sync}"),
         *("schedule.milestones=[]", "schedule.scale_with_workers=linear"),
         *("schedule.scale_with_batch=sqrt", "schedule.reference_batch=10"),
     )
@@ -232,6 +234,40 @@ def test_the_schedule_says_what_becomes_of_the_rates() -> None:
     expected = [0.1, *(0.05 * (1 + math.cos(math.pi * share)) for share in done)]
     assert [stage["learning_rate"] for stage in stages] == pytest.approx(expected)
     assert "learning rate:" not in succeed("hdb", "schedule", "digits")
+
+
+def test_a_run_begins_with_what_becomes_of_its_rates_and_of_idle_settings(tmp_path: Path) -> None:
+    words = sets(
+        *("plan.workers=2", "plan.small_workers=0", "schedule.epochs=1", "schedule.milestones=[]"),
+        *("schedule.warmup=0.5", "schedule.scale_with_workers=linear", "server.outer_rate=0.5"),
+        *("server.commits_per_epoch=1", f"run.output={tmp_path / 'run'}"),
+    )
+    told = succeed("hdb", "simulate", "digits", *RUN, *words, cwd=PROGRAMS)
+    below_table = told.partition("epoch time as predicted")[2]
+    assert (
+        "\nlearning rate: as a stage begins; times 2 with 2 workers, warmed up over 0.5 epochs\n"
+        'server.outer_rate = 0.5 does nothing: it is for server.optimizer = "nesterov" or "slowmo"'
+        "\n"
+    ) in below_table
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_norms_and_biases_decay_only_if_they_are_to(
+    monkeypatch: pytest.MonkeyPatch, decay_norms: bool
+) -> None:
+    """There is one class, so that nothing else moves the weights."""
+    monkeypatch.chdir(PROGRAMS)
+    words = ["train.device=cpu", f"train.decay_norms={str(decay_norms).lower()}"]
+    settings = load_settings("digits", [*RUN[1::2], *words])
+    trainer = make_trainer(settings, open_data(settings.data, "train"), torch.device("cpu"))
+    nn.init.ones_(trainer.model.norm.bias)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    order = Order(OrderKind.TRAIN, end=20, resolution=8, batch=10, learning_rate=0.1)
+    trainer.train_round(order, lambda: False, lambda _: None)
+    for name, value in trainer.model.named_parameters():
+        decays = decay_norms or name in ("conv.weight", "fc.1.weight")
+        left = (1 - 0.1 * DECAY) ** 2 if decays else 1
+        torch.testing.assert_close(value, left * before[name], msg=name)
 
 
 def test_label_smoothing_spreads_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:

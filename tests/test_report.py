@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 from test_command_line import Terminal, hdb
 
+from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, Group, RoundBook, Stage, plan_training
 from hpc_hdb.report.events import read_events
@@ -466,7 +467,7 @@ def watch(console: Console) -> str:
     for number in range(2):
         book.hand_out(Group.LARGE)
         book.commit(Group.LARGE, number)
-    progress.begin(plan, book)
+    progress.begin(plan, Settings(), book)
     progress.show(commit(3, 1.0, 1, train=1.0))
     progress.show({"event": "progress", "time": 1.5, "worker": 2, "samples": 10})
     progress.show(evaluation(4, 12.3, accuracy=0.4321))

@@ -191,7 +191,9 @@ def simulate(words: list[str], resume: Path | None = None) -> int:
         return train_virtually(settings, "test", resume, False, Progress(Console(quiet=True)))
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("bsp-2", "nesterov"), ("asp-3", "slowmo")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("bsp-2", "nesterov"), ("asp-3", "slowmo"), ("ssp-4", "nesterov")]
+)
 def test_more_servers_give_the_same_bits(
     train: Callable[..., Path], name: str, optimizer: str
 ) -> None:
@@ -205,7 +207,17 @@ def test_mpi_gives_the_bits_of_the_virtual_clock(train: Callable[..., Path]) -> 
     assert_same_bits(over_mpi, final_model(train("bsp-2", **EVERYTHING)))
 
 
-@pytest.mark.parametrize("sync", ["asp", "allreduce"])
+def test_ssp_is_asp_where_its_bound_never_holds(train: Callable[..., Path]) -> None:
+    rates = {"decay": "cosine", "warmup": 1, "scale_with_workers": "sqrt"}
+    settings = EVERYTHING | {f"schedule.{key}": value for key, value in rates.items()}
+    ssp = settings | {"server.sync": "ssp", "server.staleness": 99}
+    asp = final_model(train("asp-3", **settings))
+    assert_same_bits(final_model(train("asp-3", **ssp)), asp)
+    bound = final_model(train("asp-3", **ssp | {"server.staleness": 0}))
+    assert not torch.equal(bound["fc.1.weight"], asp["fc.1.weight"])
+
+
+@pytest.mark.parametrize("sync", ["asp", "ssp", "allreduce"])
 def test_a_single_worker_has_a_server_optimizer_too(train: Callable[..., Path], sync: str) -> None:
     """Which then goes from where it was to where the worker has come, and beyond or not so far."""
     with_it, without = (
@@ -256,10 +268,11 @@ def test_the_result_is_the_average_of_the_versions(train: Callable[..., Path]) -
         torch.testing.assert_close(value, (first[name] + second[name]) / 2, msg=name)
 
 
+@pytest.mark.parametrize("name", ["asp-3", "ssp-4"])
 def test_what_is_evaluated_is_what_is_saved(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    folder = train("asp-3", **EVERYTHING)
+    folder = train(name, **EVERYTHING)
     last = [event for event in events(folder) if event["event"] == "evaluation"][-1]
     monkeypatch.chdir(PROGRAMS)
     (folder / "model.pt").rename(folder / "model")
@@ -321,6 +334,8 @@ RESUMED = sets(
     "schedule.decay=cosine",
     "server.sync=bsp",
     "server.commits_per_epoch=2",
+    "train.weight_decay=0.05",
+    "train.decay_norms=false",  # whose optimizer has two groups of parameters
     *(f"{key}={value}" for key, value in OUTER.items()),
 )
 

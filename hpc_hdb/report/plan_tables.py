@@ -50,7 +50,7 @@ def rate_note(schedule: Schedule, workers: int) -> str:
         rule = {"linear": "in proportion to", "sqrt": "with the root of"}[schedule.scale_with_batch]
         parts.append(f"{rule} the batch, from {schedule.reference_batch} images on")
     if schedule.warmup:
-        parts.append(f"warmed up over {schedule.warmup:g} epochs")
+        parts.append(f"warmed up over {schedule.warmup:g} epoch{'s' * (schedule.warmup != 1)}")
     if schedule.decay != "step":
         parts.append(f"{schedule.decay} decay to zero")
     return f"learning rate: as a stage begins; {', '.join(parts)}" if parts else ""

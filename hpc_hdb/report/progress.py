@@ -11,8 +11,10 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from hpc_hdb.config import Settings
 from hpc_hdb.plan import RoundBook, TrainingPlan
 from hpc_hdb.report.events import TROUBLES, Event
+from hpc_hdb.report.plan_notes import plan_notes
 from hpc_hdb.report.tables import (
     measured_table,
     plan_lines,
@@ -66,12 +68,15 @@ class Progress:
         """Say what is going on."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def begin(self, plan: TrainingPlan, book: RoundBook, servers: int = 1) -> None:
-        """Show the plan, and start the bars, with what is done already by the `book`."""
+    def begin(self, plan: TrainingPlan, settings: Settings, book: RoundBook) -> None:
+        """Show the plan with what to know of it, and start the bars: `book` has what is done."""
         shares = plan.shares
+        servers = settings.server.server_ranks
         self._epochs = plan.stages[-1].end_epoch
         self.note(plan_lines(plan, servers))
         self.console.print(plan_table(plan))
+        for note in plan_notes(plan, settings):
+            self.note(note)
         self._run = self._live.add_task(
             self._epoch(book.epoch), total=book.total, completed=book.commits, note=""
         )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from hpc_hdb.cluster.roles import count_workers
 from hpc_hdb.config import Settings
 from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.plan import BatchTime, Stage, TrainingPlan, fit_timings, plan_training
 from hpc_hdb.plan.cuts import epoch_bounds
-from hpc_hdb.train.data import ImageSet, open_data
+from hpc_hdb.train.data import count_images
 from hpc_hdb.train.memory import room_for
 from hpc_hdb.train.profile import measure_steps, read_timing, sweep_sizes
 from hpc_hdb.train.trainer import Trainer
+
+T = TypeVar("T")
 
 
 class WorkerCounts(NamedTuple):
@@ -127,10 +129,10 @@ def known_beforehand(timing: dict[int, BatchTime] | None) -> dict[int, BatchTime
     return timing
 
 
-def training_images(settings: Settings) -> ImageSet:
-    """The training images, for their number; raises NotKnownYet where they cannot be had."""
+def ask_data(question: Callable[[], T]) -> T:
+    """What the training images answer; raises NotKnownYet where they cannot be had."""
     try:
-        return open_data(settings.data, "train")
+        return question()
     except UserError as error:
         raise NotKnownYet(f"{error}; or give their number: --samples") from None
 
@@ -156,7 +158,7 @@ def plan_beforehand(
     """
     timing = known_beforehand(known_timing(settings, workers))
     if samples is None:
-        samples = len(training_images(settings).labels)
+        samples = ask_data(lambda: count_images(settings.data))
     return make_plan(settings, workers or settings.plan.workers, samples, timing)
 
 

@@ -15,12 +15,8 @@ from hpc_hdb.plan.network import Network
 from hpc_hdb.plan.topology import Topology
 from hpc_hdb.plan.workload import Workload
 from hpc_hdb.run.build import make_model
-from hpc_hdb.run.planning import (
-    known_beforehand,
-    rank_timing,
-    stages_with_batches,
-    training_images,
-)
+from hpc_hdb.run.planning import ask_data, known_beforehand, rank_timing, stages_with_batches
+from hpc_hdb.train.data import open_data
 from hpc_hdb.train.parameters import FlatModel
 
 _SERVERS = (2, 4, 8, 16, 32, 64)
@@ -94,7 +90,7 @@ def workload_of(settings: Settings, samples: int | None, workers: int | None = N
         replace(stage, large_batch=stage.large_batch and -(-stage.large_batch // shared))
         for stage in stages_with_batches(settings)
     ]
-    data = None if samples else training_images(settings)
+    data = None if samples else ask_data(lambda: open_data(settings.data, "train"))
     classes = len(data.classes) if data else guess_classes(settings)
     return Workload(
         stages,

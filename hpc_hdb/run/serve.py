@@ -121,7 +121,7 @@ def serve(
         log.emit("resume", {"commit": server.work.book.commits, "seconds": before})
     for damage in damages:
         log.emit("damaged", damage)
-    progress.begin(plan, server.work.book, settings.server.server_ranks)
+    progress.begin(plan, settings, server.work.book)
     if new_plan is not None:
         log.emit("plan", new_plan)
     try:

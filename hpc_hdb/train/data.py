@@ -272,6 +272,13 @@ def open_data(settings: Data, split: Split) -> ImageSet:
     return _torchvision_cifar(settings, split, download=False)
 
 
+def count_images(settings: Data) -> int:
+    """Training images; raises UserError as `open_data`."""
+    if settings.source == "synthetic":  # which would be made to be counted
+        return _synthetic_count(settings, "train")
+    return len(open_data(settings, "train").labels)
+
+
 def check_classes(train: Sequence[str], test: Sequence[str]) -> None:
     """Raise UserError where the held-out images are not of the classes that are trained."""
     problems = [
@@ -361,10 +368,14 @@ def _synthetic(settings: Data, split: Split) -> ImageArray:
     side, classes = settings.synthetic_side, settings.synthetic_classes
     coarse = torch.rand(classes, 3, 4, 4, generator=generator)
     patterns = functional.interpolate(coarse, (side, side), mode="bicubic")
-    count = settings.synthetic_samples if split == "train" else settings.synthetic_samples // 5
-    count = max(count, classes)
+    count = _synthetic_count(settings, split)
     generator.manual_seed(21 if split == "train" else 22)
     labels = torch.arange(count) % classes
     noise = torch.randn(count, 3, side, side, generator=generator)
     images = ((patterns[labels] + 0.5 * noise) * 255).clamp_(0, 255).to(torch.uint8)
     return ImageArray([f"class{number}" for number in range(classes)], labels.numpy(), images)
+
+
+def _synthetic_count(settings: Data, split: Split) -> int:
+    samples = settings.synthetic_samples
+    return max(samples if split == "train" else samples // 5, settings.synthetic_classes)

@@ -22,7 +22,7 @@ from hpc_hdb.train.loader import Loader
 from hpc_hdb.train.memory import free_memory, room_for
 from hpc_hdb.train.model import set_dropout, set_rows
 from hpc_hdb.train.parameters import FlatModel
-from hpc_hdb.train.sgd import EagerSGD
+from hpc_hdb.train.sgd import EagerSGD, parameter_groups
 
 if TYPE_CHECKING:
     from hpc_hdb.cluster.groups import RankGroup
@@ -112,10 +112,9 @@ class Trainer:
         self._group = group
         self._in_turn = in_turn
         self._optimizer: torch.optim.Optimizer = EagerSGD(
-            model.parameters(),
+            parameter_groups(model, settings.weight_decay, settings.decay_norms),
             lr=0.0,  # set by each round's order; profiling leaves the weights alone
             momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
             nesterov=settings.nesterov and settings.momentum > 0,
         )
         if group is not None:

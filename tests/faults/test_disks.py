@@ -28,7 +28,7 @@ from endings import (
 )
 from PIL import Image
 
-from hpc_hdb.config import load_settings
+from hpc_hdb.config_files import load_settings
 from hpc_hdb.run.folder import RunFolder
 from hpc_hdb.run.planning import make_plan
 
