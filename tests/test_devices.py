@@ -27,6 +27,7 @@ from hpc_hdb.train.profile import (
     keep_stepping,
     largest_batch,
     measure_steps,
+    profile_resolution,
     sweep_sizes,
 )
 from hpc_hdb.train.trainer import Trainer
@@ -130,6 +131,20 @@ def test_a_model_that_fails_at_any_batch_is_no_matter_of_size() -> None:
     broken = trainer(0, too_many_elements)
     with pytest.raises(RuntimeError, match="canUse32BitIndexMath"):
         largest_batch(lambda size: fits_device(broken, SIDE, size), 64)
+
+
+@pytest.mark.parametrize("beyond", [too_much_for_torch, too_much_for_python])
+def test_a_profile_goes_on_with_less_where_its_largest_batch_does_not_fit(
+    beyond: Callable[[], object],
+) -> None:
+    """As where something else takes memory after the search."""
+    timing = profile_resolution(trainer(11, beyond), SIDE, 13, seconds=0.01, repeats=1)
+    assert timing.large_batch == 11
+    assert [size for size, _ in timing.points] == sweep_sizes(11)
+    with pytest.raises(UserError, match="^not even a batch of two images fits: use a smaller mod"):
+        profile_resolution(trainer(0, beyond), SIDE, 4, seconds=0.01, repeats=1)
+    with pytest.raises(RuntimeError, match="canUse32BitIndexMath"):
+        profile_resolution(trainer(11, too_many_elements), SIDE, 13, seconds=0.01, repeats=1)
 
 
 def test_a_sweep_needs_no_batch_of_one() -> None:

@@ -22,6 +22,7 @@ _SIZES = 6
 _SMALLEST = 2
 _SMALLEST_PART = 16
 _SPARED = 1 / 16
+_NOTHING_FITS = "not even a batch of two images fits: use a smaller model or resolution"
 
 
 def sweep_sizes(largest: int) -> list[int]:
@@ -112,7 +113,7 @@ def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     if low < _SMALLEST:
-        raise UserError("not even a batch of two images fits: use a smaller model or resolution")
+        raise UserError(_NOTHING_FITS)
     return low
 
 
@@ -155,16 +156,39 @@ def profile_resolution(
     """Find the largest batch up to `bound` and fit the time model below it.
 
     On a GPU a sixteenth less than what just fits: while a run changes the resolution, the next
-    pipeline is there as well.
+    pipeline is there as well. Where memory lacks all the same once it is measured, a sixteenth less
+    is tried, and so on.
+
+    Raises
+    ------
+    UserError
+        If not even two images fit.
     """
     if trainer.device.type == "cuda":
         found = largest_batch(lambda size: fits_device(trainer, resolution, size), bound)
         if found < bound:
             bound = max(_SMALLEST, round(found * (1 - _SPARED)))
     sizes = sweep_sizes(bound)
-    times = measure_steps(trainer, resolution, sizes, seconds, repeats)
+    while (times := _times_if_they_fit(trainer, resolution, sizes, seconds, repeats)) is None:
+        bound -= max(1, round(bound * _SPARED))
+        if bound < _SMALLEST:
+            raise UserError(_NOTHING_FITS)
+        sizes = sweep_sizes(bound)
     fit = fit_timings(sizes, times)
     return Timing(fit, bound, list(zip(sizes, times, strict=True)))
+
+
+def _times_if_they_fit(
+    trainer: Trainer, resolution: int, sizes: list[int], seconds: float, repeats: int
+) -> list[float] | None:
+    """As `measure_steps`; None where memory does not suffice."""
+    try:
+        return measure_steps(trainer, resolution, sizes, seconds, repeats)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+    free_memory(trainer.device)  # not before the error is gone: its traceback holds the tensors
+    return None
 
 
 def write_timing(path: Path, timings: dict[int, Timing], about: dict[str, str]) -> None:
