@@ -127,6 +127,17 @@ def test_the_search_ends_where_steps_fail(beyond: Callable[[], object]) -> None:
     assert fits_device(limited, SIDE, 11), "it goes on after a failure"
 
 
+def test_a_trial_is_more_than_a_step() -> None:
+    """Batches that wait for a GPU take memory that the first step does not ask for."""
+    waiting = iter(range(3))
+
+    def too_many() -> None:
+        if next(waiting, None) is None:
+            too_much_for_torch()
+
+    assert not fits_device(trainer(11, too_many), SIDE, 12)
+
+
 def test_a_model_that_fails_at_any_batch_is_no_matter_of_size() -> None:
     broken = trainer(0, too_many_elements)
     with pytest.raises(RuntimeError, match="canUse32BitIndexMath"):
@@ -141,7 +152,7 @@ def test_a_profile_goes_on_with_less_where_its_largest_batch_does_not_fit(
     timing = profile_resolution(trainer(11, beyond), SIDE, 13, seconds=0.01, repeats=1)
     assert timing.large_batch == 11
     assert [size for size, _ in timing.points] == sweep_sizes(11)
-    with pytest.raises(UserError, match="^not even a batch of two images fits: use a smaller mod"):
+    with pytest.raises(UserError, match=r"^not even a batch of two images fits: use a smaller mod"):
         profile_resolution(trainer(0, beyond), SIDE, 4, seconds=0.01, repeats=1)
     with pytest.raises(RuntimeError, match="canUse32BitIndexMath"):
         profile_resolution(trainer(11, too_many_elements), SIDE, 13, seconds=0.01, repeats=1)

@@ -22,6 +22,8 @@ _SIZES = 6
 _SMALLEST = 2
 _SMALLEST_PART = 16
 _SPARED = 1 / 16
+_TRIED = 3
+"""Steps of a trial that nobody waits for: so far Python runs ahead, and DALI's batches stay."""
 _NOTHING_FITS = "not even a batch of two images fits: use a smaller model or resolution"
 
 
@@ -118,10 +120,10 @@ def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
 
 
 def fits_device(trainer: Trainer, resolution: int, size: int) -> bool:
-    """Whether a training step of that batch fits the device's memory, and its kernels' limits."""
+    """Whether training steps of that batch fit the device's memory, and its kernels' limits."""
     fits = True
     try:
-        _mean_step(trainer, resolution, size, 1)
+        _mean_step(trainer, resolution, size, _TRIED)
     except (RuntimeError, MemoryError) as error:
         # Tensors of 2^31 elements fail in many ways. The smallest batch, which is tried first,
         # has none: what it raises is an error of the model's.
