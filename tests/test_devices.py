@@ -251,6 +251,17 @@ def test_a_gpu_that_cannot_be_used_is_one_line() -> None:
         Place(torch.device("cuda", 0), torch.get_num_threads()).settle()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here that can be used")
+def test_a_batch_that_leaves_the_gpu_of_no_use_is_one_line() -> None:
+    """As an illegal access of a kernel does; here it is of no use anyway."""
+    broken = trainer(11, too_many_elements)
+    broken.device = torch.device("cuda", 0)
+    with pytest.raises(
+        UserError, match=r"^a batch of 12 images made .* \(.*\): set --bound to less$"
+    ):
+        fits_device(broken, SIDE, 12)
+
+
 def test_ranks_that_share_batches_need_a_gpu_each() -> None:
     """Each may see its own one only: what counts is which it is."""
     settings = Settings.model_validate({"server": {"ranks_per_worker": 2}})

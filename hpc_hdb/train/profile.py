@@ -120,18 +120,37 @@ def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
 
 
 def fits_device(trainer: Trainer, resolution: int, size: int) -> bool:
-    """Whether training steps of that batch fit the device's memory, and its kernels' limits."""
+    """Whether training steps of that batch fit the device's memory, and its kernels' limits.
+
+    Raises
+    ------
+    UserError
+        If they have left the GPU of no use to this process.
+    """
     fits = True
     try:
         _mean_step(trainer, resolution, size, _TRIED)
     except (RuntimeError, MemoryError) as error:
         # Tensors of 2^31 elements fail in many ways. The smallest batch, which is tried first,
         # has none: what it raises is an error of the model's.
-        if size <= _SMALLEST and not lacks_memory(error):
-            raise
+        if not lacks_memory(error):
+            if size <= _SMALLEST:
+                raise
+            _check_gpu(trainer.device, size)
         fits = False
     free_memory(trainer.device)  # not before the error is gone: its traceback holds the tensors
     return fits
+
+
+def _check_gpu(device: torch.device, size: int) -> None:
+    """Raise UserError where a batch has broken the context: all that comes then fails as well."""
+    try:
+        _wait_for(device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"a batch of {size} images made the GPU fail ({reason}): set --bound to less"
+        ) from None
 
 
 @dataclass(frozen=True)
