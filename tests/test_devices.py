@@ -252,6 +252,18 @@ def test_a_gpu_that_cannot_be_used_is_one_line() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here that can be used")
+def test_a_gpu_that_dali_cannot_use_is_one_line() -> None:
+    """As where its build wants a newer driver than torch's."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: its errors were not tested")
+    from hpc_hdb.train.dali_loader import DaliLoader
+
+    loader = DaliLoader(images(), 1, device=torch.device("cuda", 0))
+    told = r'^DALI cannot use this GPU \(.*CUDA.*\): set data\.loader = "torch"$'
+    with pytest.raises(UserError, match=told):
+        next(loader.batches(np.arange(4), [4], SIDE, 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here that can be used")
 def test_a_batch_that_leaves_the_gpu_of_no_use_is_one_line() -> None:
     """As an illegal access of a kernel does; here it is of no use anyway."""
     broken = trainer(11, too_many_elements)
