@@ -27,6 +27,7 @@ from hpc_hdb.train.profile import (
     keep_stepping,
     largest_batch,
     measure_steps,
+    profile_resolution,
     sweep_sizes,
 )
 from hpc_hdb.train.trainer import Trainer
@@ -126,10 +127,35 @@ def test_the_search_ends_where_steps_fail(beyond: Callable[[], object]) -> None:
     assert fits_device(limited, SIDE, 11), "it goes on after a failure"
 
 
+def test_a_trial_is_more_than_a_step() -> None:
+    """Batches that wait for a GPU take memory that the first step does not ask for."""
+    waiting = iter(range(3))
+
+    def too_many() -> None:
+        if next(waiting, None) is None:
+            too_much_for_torch()
+
+    assert not fits_device(trainer(11, too_many), SIDE, 12)
+
+
 def test_a_model_that_fails_at_any_batch_is_no_matter_of_size() -> None:
     broken = trainer(0, too_many_elements)
     with pytest.raises(RuntimeError, match="canUse32BitIndexMath"):
         largest_batch(lambda size: fits_device(broken, SIDE, size), 64)
+
+
+@pytest.mark.parametrize("beyond", [too_much_for_torch, too_much_for_python])
+def test_a_profile_goes_on_with_less_where_its_largest_batch_does_not_fit(
+    beyond: Callable[[], object],
+) -> None:
+    """As where something else takes memory after the search."""
+    timing = profile_resolution(trainer(11, beyond), SIDE, 13, seconds=0.01, repeats=1)
+    assert timing.large_batch == 11
+    assert [size for size, _ in timing.points] == sweep_sizes(11)
+    with pytest.raises(UserError, match=r"^not even a batch of two images fits: use a smaller mod"):
+        profile_resolution(trainer(0, beyond), SIDE, 4, seconds=0.01, repeats=1)
+    with pytest.raises(RuntimeError, match="canUse32BitIndexMath"):
+        profile_resolution(trainer(11, too_many_elements), SIDE, 13, seconds=0.01, repeats=1)
 
 
 def test_a_sweep_needs_no_batch_of_one() -> None:
@@ -223,6 +249,29 @@ def test_a_gpu_that_cannot_be_used_is_one_line() -> None:
     told = r"^GPU 0 of .* cannot be used \(.*\): see who uses it with nvidia-smi, or set train\.dev"
     with pytest.raises(UserError, match=told):
         Place(torch.device("cuda", 0), torch.get_num_threads()).settle()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here that can be used")
+def test_a_gpu_that_dali_cannot_use_is_one_line() -> None:
+    """As where its build wants a newer driver than torch's."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: its errors were not tested")
+    from hpc_hdb.train.dali_loader import DaliLoader
+
+    loader = DaliLoader(images(), 1, device=torch.device("cuda", 0))
+    told = r'^DALI cannot use this GPU \(.*CUDA.*\): set data\.loader = "torch"$'
+    with pytest.raises(UserError, match=told):
+        next(loader.batches(np.arange(4), [4], SIDE, 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here that can be used")
+def test_a_batch_that_leaves_the_gpu_of_no_use_is_one_line() -> None:
+    """As an illegal access of a kernel does; here it is of no use anyway."""
+    broken = trainer(11, too_many_elements)
+    broken.device = torch.device("cuda", 0)
+    with pytest.raises(
+        UserError, match=r"^a batch of 12 images made .* \(.*\): set --bound to less$"
+    ):
+        fits_device(broken, SIDE, 12)
 
 
 def test_ranks_that_share_batches_need_a_gpu_each() -> None:

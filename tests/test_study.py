@@ -161,6 +161,8 @@ def test_every_row_is_a_configuration(scale: str, monkeypatch: pytest.MonkeyPatc
         settings = parse_settings(settings_of(study, scale, row), row)
         assert settings.schedule.epochs == study["scales"][scale]["set"]["schedule"]["epochs"]
         assert settings.plan.workers == (1 if row.startswith("one-") else 4)
+        # Or a GPU would wait for torch to decode, without a word, where DALI is not installed.
+        assert (settings.data.loader == "dali") == (scale == "gpu")
 
 
 def test_the_preset_is_ours_at_the_gpu_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def gpu_number(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     name = str(torch.cuda.get_device_properties(device).uuid)
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def check_gpus(settings: Settings, gpus: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from hpc_hdb.errors import NotKnownYet, UserError
 from hpc_hdb.plan import BatchTime, Stage, TrainingPlan, fit_timings, plan_training
 from hpc_hdb.plan.cuts import epoch_bounds
 from hpc_hdb.train.data import count_images
-from hpc_hdb.train.memory import room_for
+from hpc_hdb.train.memory import free_memory, room_for
 from hpc_hdb.train.profile import measure_steps, read_timing, sweep_sizes
 from hpc_hdb.train.trainer import Trainer
 
@@ -237,6 +237,7 @@ def time_sweeps(trainer: Trainer, sizes: Mapping[int, list[int]]) -> list[float]
     """
     times: list[float] = []
     for resolution, batches in sizes.items():
+        free_memory(trainer.device)  # torch's of the resolution before is none that DALI can use
         with room_for(
             f"a batch of up to {max(batches)} images at {resolution}x{resolution}",
             trainer.device,

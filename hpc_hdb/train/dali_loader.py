@@ -157,7 +157,16 @@ class DaliLoader:
         return batch if self._rows is None else max(1, len(range(batch)[self._rows(batch)]))
 
     def _build(self, form: Form, resolution: int, largest_batch: int) -> Feed:
-        return Feed(form, resolution, largest_batch, self._threads, self._device, self._readers)
+        """A pipeline; raises UserError where DALI cannot use the GPU, if not for lack of memory."""
+        try:
+            return Feed(form, resolution, largest_batch, self._threads, self._device, self._readers)
+        except RuntimeError as error:
+            if self._device.type != "cuda" or lacks_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f'DALI cannot use this GPU ({reason}): set data.loader = "torch"'
+            ) from None
 
     def _jobs(
         self,

@@ -22,6 +22,9 @@ _SIZES = 6
 _SMALLEST = 2
 _SMALLEST_PART = 16
 _SPARED = 1 / 16
+_TRIED = 3
+"""Steps of a trial that nobody waits for: so far Python runs ahead, and DALI's batches stay."""
+_NOTHING_FITS = "not even a batch of two images fits: use a smaller model or resolution"
 
 
 def sweep_sizes(largest: int) -> list[int]:
@@ -112,23 +115,42 @@ def largest_batch(fits: Callable[[int], bool], bound: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     if low < _SMALLEST:
-        raise UserError("not even a batch of two images fits: use a smaller model or resolution")
+        raise UserError(_NOTHING_FITS)
     return low
 
 
 def fits_device(trainer: Trainer, resolution: int, size: int) -> bool:
-    """Whether a training step of that batch fits the device's memory, and its kernels' limits."""
+    """Whether training steps of that batch fit the device's memory, and its kernels' limits.
+
+    Raises
+    ------
+    UserError
+        If they have left the GPU of no use to this process.
+    """
     fits = True
     try:
-        _mean_step(trainer, resolution, size, 1)
+        _mean_step(trainer, resolution, size, _TRIED)
     except (RuntimeError, MemoryError) as error:
         # Tensors of 2^31 elements fail in many ways. The smallest batch, which is tried first,
         # has none: what it raises is an error of the model's.
-        if size <= _SMALLEST and not lacks_memory(error):
-            raise
+        if not lacks_memory(error):
+            if size <= _SMALLEST:
+                raise
+            _check_gpu(trainer.device, size)
         fits = False
     free_memory(trainer.device)  # not before the error is gone: its traceback holds the tensors
     return fits
+
+
+def _check_gpu(device: torch.device, size: int) -> None:
+    """Raise UserError where a batch has broken the context: all that comes then fails as well."""
+    try:
+        _wait_for(device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"a batch of {size} images made the GPU fail ({reason}): set --bound to less"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -155,16 +177,39 @@ def profile_resolution(
     """Find the largest batch up to `bound` and fit the time model below it.
 
     On a GPU a sixteenth less than what just fits: while a run changes the resolution, the next
-    pipeline is there as well.
+    pipeline is there as well. Where memory lacks all the same once it is measured, a sixteenth less
+    is tried, and so on.
+
+    Raises
+    ------
+    UserError
+        If not even two images fit.
     """
     if trainer.device.type == "cuda":
         found = largest_batch(lambda size: fits_device(trainer, resolution, size), bound)
         if found < bound:
             bound = max(_SMALLEST, round(found * (1 - _SPARED)))
     sizes = sweep_sizes(bound)
-    times = measure_steps(trainer, resolution, sizes, seconds, repeats)
+    while (times := _times_if_they_fit(trainer, resolution, sizes, seconds, repeats)) is None:
+        bound -= max(1, round(bound * _SPARED))
+        if bound < _SMALLEST:
+            raise UserError(_NOTHING_FITS)
+        sizes = sweep_sizes(bound)
     fit = fit_timings(sizes, times)
     return Timing(fit, bound, list(zip(sizes, times, strict=True)))
+
+
+def _times_if_they_fit(
+    trainer: Trainer, resolution: int, sizes: list[int], seconds: float, repeats: int
+) -> list[float] | None:
+    """As `measure_steps`; None where memory does not suffice."""
+    try:
+        return measure_steps(trainer, resolution, sizes, seconds, repeats)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+    free_memory(trainer.device)  # not before the error is gone: its traceback holds the tensors
+    return None
 
 
 def write_timing(path: Path, timings: dict[int, Timing], about: dict[str, str]) -> None:
