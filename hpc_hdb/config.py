@@ -187,6 +187,12 @@ class Server(Section):
         return 0 if self.sync == "allreduce" else self.servers
 
     @property
+    def rates(self) -> str:
+        """The settings that a training that diverges wants lower, in words."""
+        server = "" if self.optimizer == "average" else " or server.outer_rate"
+        return f"schedule.learning_rate{server}"
+
+    @property
     def shared(self) -> bool:
         """Whether several ranks share a batch."""
         return self.sync == "allreduce" or self.ranks_per_worker > 1

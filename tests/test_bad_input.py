@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run
 from endings import (
     SECONDS,
@@ -18,6 +19,8 @@ from endings import (
     refused,
     sets,
 )
+
+from hpc_hdb.train.sealed import read_sealed
 
 MANY = """
 import random, sys, time
@@ -211,6 +214,14 @@ def test_training_that_diverges_at_once_speaks_of_no_checkpoint(here: Path) -> N
     ending = Job(*SIMULATE, *sets(*overrides), cwd=here).end()
     assert_refusal(ending, "training diverged", "on every worker: lower schedule.learning_rate")
     assert ending.lines[0].endswith("and start again")
+
+
+def test_a_server_that_diverges_writes_no_checkpoint_of_it(here: Path) -> None:
+    overrides = ["server.optimizer=slowmo", "server.outer_rate=1e30", "server.sync=bsp"]
+    ending = Job(*SIMULATE, *sets(*overrides, "server.commits_per_epoch=1"), cwd=here).end()
+    assert_refusal(ending, "training diverged", "schedule.learning_rate or server.outer_rate")
+    for file in (here / "out" / "checkpoint").glob("[0b]*.pt"):
+        assert torch.isfinite(read_sealed(file)["model"]).all(), file
 
 
 def test_training_that_diverges_leaves_good_checkpoints(here: Path) -> None:

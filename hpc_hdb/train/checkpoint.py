@@ -71,6 +71,11 @@ class Checkpoint:
         """What is evaluated: the weight average where there is one."""
         return self.server.get("average", self.model)
 
+    @property
+    def finite(self) -> bool:
+        """Whether it is worth keeping: neither the model nor what goes with it has diverged."""
+        return all(math.isfinite(buffer.sum()) for buffer in (self.model, *self.server.values()))
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, and keep the newest `keep`.

@@ -111,7 +111,7 @@ class Membership:
                 f"training diverged (loss or weights no longer finite) in epoch {order.epoch}, "
                 f"stage {order.stage} (learning rate {order.learning_rate:g}, "
                 f"{order.resolution}x{order.resolution}), on every worker: lower "
-                f"schedule.learning_rate and start again{before}"
+                f"{self._settings.rates} and start again{before}"
             )
         if not self._settings.synchronous:  # else it takes part in reductions, with nothing
             self.stop({worker})

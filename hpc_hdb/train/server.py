@@ -112,7 +112,7 @@ class ParameterServer:
             self._book,
             self._crew.commits,
             link,
-            settings.run,
+            settings,
             evaluator,
             emit,
             self._note_left_out,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_hdb.cluster.link import ServerLink
-from hpc_hdb.config import Run
+from hpc_hdb.config import Settings
+from hpc_hdb.errors import UserError
 from hpc_hdb.plan import RoundBook
 from hpc_hdb.train.background import Background
 from hpc_hdb.train.checkpoint import BEST, Checkpoint, save_best, save_checkpoint
@@ -34,7 +35,7 @@ class Snapshots:
         Commits of each worker, as the server counts them.
     link : ServerLink
         For its clock.
-    settings : Run
+    settings : Settings
     evaluator : Evaluator
     emit : callable
         Takes an event's name and its values.
@@ -57,7 +58,7 @@ class Snapshots:
         book: RoundBook,
         worker_commits: dict[int, int],
         link: ServerLink,
-        settings: Run,
+        settings: Settings,
         evaluator: Evaluator,
         emit: Emit,
         note_left_out: Callable[[str], None],
@@ -68,14 +69,15 @@ class Snapshots:
         self._book = book
         self._worker_commits = worker_commits
         self._link = link
-        self._settings = settings
+        self._settings = settings.run
+        self._rates = settings.server.rates
         self._evaluator = evaluator
         self._emit = emit
         self._note_left_out = note_left_out
         self._folder = folder
         self.saved = dict(worker_commits)
         self._seconds_before = 0.0
-        self._next_evaluation = settings.evaluate_every
+        self._next_evaluation = settings.run.evaluate_every
         self._evaluated = -1
         self._evaluations: Background[Evaluation] = Background(inline)
         self._writer: Background[Path] = Background(inline)
@@ -166,7 +168,7 @@ class Snapshots:
             if checkpoint is None:
                 self._model.release(model)
                 return
-            if not result.accuracy > self._best_accuracy:
+            if not (result.accuracy > self._best_accuracy and checkpoint.finite):
                 self._release(checkpoint)
                 return
             if self._best is not None:  # not written yet, and no longer the best
@@ -185,12 +187,20 @@ class Snapshots:
         folder, keep = self._folder, self._settings.keep_checkpoints
         checkpoint = await self._checkpoint()
 
+        def write() -> Path:
+            if not checkpoint.finite:
+                raise UserError(
+                    f"training diverged (the merged model is no longer finite after commit "
+                    f"{checkpoint.rounds['commits']}): lower {self._rates} and start again"
+                )
+            return save_checkpoint(folder, checkpoint, keep)
+
         def done(path: Path) -> None:
             self._release(checkpoint)
             self.saved.update(checkpoint.worker_commits)
             self._emit("checkpoint", {"commit": checkpoint.rounds["commits"], "file": path.name})
 
-        self._write(checkpoint.file, lambda: save_checkpoint(folder, checkpoint, keep), done)
+        self._write(checkpoint.file, write, done)
 
     def _write_best(self) -> None:
         """Write the best version, where there is a new one and nothing else is being written."""
