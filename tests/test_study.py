@@ -75,9 +75,9 @@ def study(
 
 
 def figures(output: str) -> dict[str, list[str]]:
-    """The cells of each row of the printed table, but the last one, which is real time."""
+    """The cells of each row of the printed table."""
     lines = [line for line in output.splitlines() if line.startswith(("paper-", "ours "))]
-    return {line.split()[0]: line.split("  ")[:-1] for line in lines}
+    return {line.split()[0]: line.split("  ") for line in lines}
 
 
 def test_rows_are_trained_once_and_shown_side_by_side(
@@ -96,7 +96,7 @@ def test_rows_are_trained_once_and_shown_side_by_side(
     again = study()
     assert figures(again.out) == table
     assert {path: path.stat().st_mtime_ns for path in events} == events, "skipped"
-    assert "goal: 5 points above conventional" in again.out
+    assert "goal: ours 5 points above conventional" in again.out
 
 
 def test_an_interrupted_row_goes_on(study: Study) -> None:
@@ -112,10 +112,11 @@ def test_a_row_whose_settings_have_changed_is_not_taken_for_done(study: Study) -
     config = study.work / "small-test" / "ours-0" / "config.toml"
     text = config.read_text()
     config.write_text(text.replace("label_smoothing = 0.1", "label_smoothing = 0.2"))
-    refused = study()
+    refused = [study(), study("--only-table")]
     config.write_text(text)
-    assert refused.status == 1
-    assert "ours-0 was made with other settings: remove it" in refused.err
+    for one in refused:
+        assert one.status == 1
+        assert "ours-0 was made with other settings: remove it" in one.err
 
 
 def test_validation_images_are_taken_from_those_that_train(study: Study) -> None:
@@ -160,7 +161,8 @@ def test_every_row_is_a_configuration(scale: str, monkeypatch: pytest.MonkeyPatc
     for row in rows:
         settings = parse_settings(settings_of(study, scale, row), row)
         assert settings.schedule.epochs == study["scales"][scale]["set"]["schedule"]["epochs"]
-        assert settings.plan.workers == (1 if row.startswith("one-") else 4)
+        if not study["rows"][row].get("candidate"):
+            assert settings.plan.workers == (1 if row.startswith("one-") else 4)
         # Or a GPU would wait for torch to decode, without a word, where DALI is not installed.
         assert (settings.data.loader == "dali") == (scale == "gpu")
 
@@ -189,6 +191,7 @@ def test_an_unknown_row_is_refused(study: Study) -> None:
 
 
 def test_table_figure_and_logs_are_saved(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "accuracy-small-test-20200101.txt").touch()
     saved = study("--only-table", "--save", str(tmp_path))
     assert saved.status == 0, saved.err
     files = {path.suffix: path for path in tmp_path.iterdir()}

@@ -65,10 +65,12 @@ def filled_in(setting: Any, values: Table) -> Any:
 
 
 def rows_of(study: Table, scale: str) -> list[str]:
-    """The rows of a table: at the scale at which settings are chosen, the candidates for ours.
+    """The rows of a table: at the scale at which settings are chosen, the candidates.
 
-    A row that differs at this scale in nothing from the one that it is like is left out.
+    Of the others, one that differs at this scale in nothing from the one it is like is left out.
     """
+    if scale == _CHOOSES:
+        return [row for row, own in study["rows"].items() if own.get("candidate")]
 
     def repeats(row: str) -> bool:
         like = study["rows"][row].get("like")
@@ -76,11 +78,7 @@ def rows_of(study: Table, scale: str) -> list[str]:
             settings_of(study, scale, row) == settings_of(study, scale, like)
         )
 
-    return [
-        row
-        for row, own in study["rows"].items()
-        if own.get("candidate", False) == (scale == _CHOOSES) and not repeats(row)
-    ]
+    return [row for row, own in study["rows"].items() if not (own.get("candidate") or repeats(row))]
 
 
 def images_of(data: Path, folder: Path, split: str, most: int) -> Path:
@@ -179,14 +177,28 @@ def train_rows(study: Table, options: argparse.Namespace) -> None:
 
 
 def done_runs(study: Table, options: argparse.Namespace) -> list[Run]:
-    """The runs that are asked for and have ended."""
+    """The runs that are asked for and have ended; each must have been made as its row now says."""
     work = folder_of(options)
     runs = [
         Run(row, seed, work / f"{row}-{seed}")
         for row in options.rows or rows_of(study, options.scale)
         for seed in range(options.seeds or study["scales"][options.scale]["seeds"])
     ]
-    return [run for run in runs if (run.folder / "summary.json").exists()]
+    done = [run for run in runs if (run.folder / "summary.json").exists()]
+    for one in done:
+        row = merged(settings_of(study, options.scale, one.row), {"run": {"seed": one.seed}})
+        made = read_settings(one.folder / "config.toml")
+        if wherever(made) != wherever(parse_settings(row, one.row)):
+            sys.exit(f"{one.folder} was made with other settings: remove it, or leave out its row")
+    return done
+
+
+def wherever(settings: Settings) -> Table:
+    """The settings but for paths, and what the time model was measured to be."""
+    sections = settings.model_dump(exclude={"data": {"source", "path"}, "run": {"output"}})
+    if not isinstance(sections["plan"]["timing"], dict):
+        del sections["plan"]["timing"]
+    return sections
 
 
 def folder_of(options: argparse.Namespace) -> Path:
@@ -257,6 +269,8 @@ def main() -> None:
     for line in verdicts(runs):
         sheet.line(line)
     if options.save is not None:
+        for earlier in options.save.glob(f"{name}-*.txt"):
+            earlier.unlink()
         sheet.save(options.save)
         plot(runs, study["rows"]).savefig(options.save / f"{name}.png")
         save_events(runs, options.save / f"{name}-events.tar.xz")
