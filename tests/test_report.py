@@ -24,6 +24,7 @@ from hpc_hdb.config import Settings
 from hpc_hdb.errors import UserError
 from hpc_hdb.plan import BatchTime, Group, RoundBook, Stage, plan_training
 from hpc_hdb.report.events import read_events
+from hpc_hdb.report.plots import plot_rate
 from hpc_hdb.report.progress import Progress
 from hpc_hdb.report.report import Report, write_report
 from hpc_hdb.report.runs import load_runs
@@ -35,7 +36,7 @@ from hpc_hdb.report.units import format_number, format_seconds, format_together
 
 __all__ = ["hdb"]
 
-PLOTS = {"accuracy", "loss", "roles", "stages", "timeline"}
+PLOTS = {"accuracy", "loss", "rate", "roles", "stages", "timeline"}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,8 @@ def commit(number: int, time: float, worker: int, train: float, **values: Any) -
     return {
         "event": "commit", "time": time, "commit": number, "epochs": number / 4, "worker": worker,
         "group": "large" if worker == 1 else "small", "epoch": 0, "part": 0, "stage": 0,
-        "resolution": 16, "batch": 64 if worker == 1 else 16, "samples": 100, "loss": 1.0,
+        "learning_rate": 0.1, "pulled_at": max(0, number - 2), "resolution": 16,
+        "batch": 64 if worker == 1 else 16, "samples": 100, "loss": 1.0,
         "predicted_seconds": 1.0, "train_seconds": train, "data_seconds": 0.0,
         "rebuild_seconds": 0.0, "checkpoint_seconds": 0.0, "wait_seconds": 0.0,
         "communicate_seconds": 0.0,
@@ -135,7 +137,7 @@ def check_plots(report: Report) -> None:
         assert pixels.std() > 10, f"{path} is blank"
 
 
-def test_a_run_gets_a_page_with_its_figures_and_five_plots(run: Path) -> None:
+def test_a_run_gets_a_page_with_its_figures_and_six_plots(run: Path) -> None:
     report = write_report([run])
 
     assert report.page == run / "report.html"
@@ -394,6 +396,47 @@ def test_rounds_end_when_the_worker_was_done(
     assert rounds[1][0] == pytest.approx((end_of_first - 1.0, end_of_first, 16))
     assert rounds[1][1] == pytest.approx((3.5, 5.0, 16))
     assert rounds[2] == [pytest.approx((0.0, 3.0, 16))]
+
+
+@pytest.mark.parametrize(
+    ("decay", "large", "small"),
+    [
+        (
+            "step",
+            [(0, 0.4), (0.5, 0.4), (0.5, 0.04), (1, 0.04)],
+            [(0, 0.1), (0.25, 0.1), (0.25, 0.01), (1, 0.01)],
+        ),
+        ("cosine", [(0, 0.4), (0.5, 0.04)], [(0, 0.1), (0.25, 0.01)]),
+    ],
+)
+def test_the_rates_of_rounds_are_drawn_where_the_rounds_began(
+    tmp_path: Path, decay: str, large: list, small: list
+) -> None:
+    """With step decay they fall at once."""
+    folder = write_log(
+        tmp_path,
+        start(),
+        commit(1, 1.0, 1, train=1.0, pulled_at=0, learning_rate=0.4),
+        commit(2, 1.0, 2, train=1.0, pulled_at=0, learning_rate=0.1),
+        commit(3, 2.0, 2, train=1.0, pulled_at=1, learning_rate=0.01),
+        commit(4, 2.0, 1, train=1.0, pulled_at=2, learning_rate=0.04),
+    )
+    config = f'[schedule]\ndecay = "{decay}"\nscale_with_batch = "linear"\n'
+    (folder / "config.toml").write_text(config)
+    figure = plot_rate(load_runs([folder]))
+    assert figure is not None
+    drawn = {line.get_label(): list(map(tuple, line.get_xydata())) for line in figure.axes[0].lines}
+    assert drawn == {"large batch": large, "small batch": small}
+
+
+def test_where_the_groups_have_the_same_rate_there_is_one_line(run: Path) -> None:
+    figure = plot_rate(load_runs([run]))
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    points = list(map(tuple, line.get_xydata()))
+    assert {(0, 0.1), (2, 0.1), (2, 0.01), (4, 0.01)} <= set(points)
+    assert all(rate == 0.1 for epoch, rate in points if epoch < 2)
+    assert all(rate == 0.01 for epoch, rate in points if epoch > 2)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ summary { cursor: pointer; color: #0072b2; }
 PLOT_TITLES = {
     "accuracy": "Held-out accuracy",
     "loss": "Training and held-out loss",
+    "rate": "Learning rate",
     "roles": "Time per rank",
     "stages": "Predicted and measured time of an epoch",
     "timeline": "Rounds of the workers over time",

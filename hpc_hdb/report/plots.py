@@ -1,10 +1,11 @@
-"""Accuracy and loss over time and over epochs, of one run or several."""
+"""Accuracy over time and over epochs, loss and learning rate, of one run or several."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -143,6 +144,73 @@ def plot_loss(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def plot_rate(runs: Sequence[Run]) -> Figure | None:
+    """The learning rate of the rounds over epochs, as scaled; None where no commit tells it."""
+    curves: list[tuple[int, str | None, list[tuple[float, float]]]] = []
+    for position, run in enumerate(runs):
+        differ = run.settings.get("schedule.scale_with_batch", "none") != "none"
+        for group in ("large", "small") if differ else (None,):
+            if points := round_rates(run, group):
+                curves.append((position, group, points))
+    if not curves:
+        return None
+    figure, (axes,) = new_figure(9.2, 3.0)
+    handles: list[Line2D | Patch] = []
+    for position, group, points in curves:
+        style = run_line(position)
+        if len(runs) == 1:
+            style = {"color": GROUP_COLOURS[group] if group else "#222222"}
+        elif group == "small":
+            style["linestyle"] = ":"
+        (line,) = axes.plot(*zip(*points, strict=True), **style)
+        if len(runs) == 1 and group:
+            line.set_label(f"{group} batch")
+            handles.append(line)
+    if len(runs) > 1:
+        drawn = sorted({position for position, _, _ in curves})
+        handles += [Line2D([], [], label=shorten(runs[n].name), **run_line(n)) for n in drawn]
+        if any(group == "small" for _, group, _ in curves):
+            handles.append(Line2D([], [], color="#444444", linestyle=":", label="small batch"))
+    if schedule := _common_schedule(runs):
+        handles += _stage_bands(axes, schedule, None, changes=False)
+    rates = [rate for _, _, points in curves for _, rate in points if rate > 0]
+    if rates and all(run.decays_in_steps for run in runs) and max(rates) > 20 * min(rates):
+        log_scale(axes)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(title="Learning rate", xlabel="epochs (by commits)", ylabel="learning rate, scaled")
+    axes.set_xlim(0, 1.01 * max(run.summary["epochs"] for run in runs))
+    few_ticks(axes, integer=True)
+    legend_below(figure, handles)
+    return figure
+
+
+def round_rates(run: Run, group: str | None = None) -> list[tuple[float, float]]:
+    """Epochs done as each round of a group began, and the learning rate that it began with.
+
+    Between them the rate goes in a straight line, but where it decays in steps: it then falls
+    at once, and stays until the end.
+    """
+    epochs = {0: 0.0} | {
+        event["commit"]: event.get("epochs", event["commit"] / run.facts["commits_per_epoch"])
+        for event in run.commits
+    }
+    rates = {
+        epochs.get(event["pulled_at"], 0.0): event["learning_rate"]
+        for event in run.commits
+        if group in (None, event["group"]) and "learning_rate" in event and "pulled_at" in event
+    }
+    points = sorted(rates.items())
+    if not run.decays_in_steps or not points:
+        return points
+    stepped = [
+        point
+        for (_, before), (epoch, rate) in pairwise([points[0], *points])
+        for point in ([(epoch, before)] * (rate < before) + [(epoch, rate)])
+    ]
+    return [*stepped, (run.summary["epochs"], points[-1][1])]
+
+
 def _training_loss(run: Run, group: str | None = None) -> list[tuple[float, float]]:
     """Mean training loss per image of each epoch's commits, at the end of that epoch."""
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -169,8 +237,12 @@ def _common_schedule(runs: Sequence[Run]) -> Run | None:
     return runs[stages.index(longest)] if same and longest else None
 
 
-def _stage_bands(axes: Axes, run: Run, scale: float | None) -> list[Line2D | Patch]:
+def _stage_bands(
+    axes: Axes, run: Run, scale: float | None, changes: bool = True
+) -> list[Line2D | Patch]:
     """Shade the stages by resolution, over time (in units of `scale` seconds) or epochs.
+
+    Steps of the learning rate are marked, with `changes`.
 
     Returns
     -------
@@ -187,18 +259,19 @@ def _stage_bands(axes: Axes, run: Run, scale: float | None) -> list[Line2D | Pat
         starts = [stage["time"] / scale for stage in stages]
         end = run.summary["seconds"] / scale
     colours = resolution_colours((stage["resolution"] for stage in stages), bands=True)
-    changes = False
+    marked = False
     for position, (stage, start) in enumerate(zip(stages, starts, strict=True)):
         stop = starts[position + 1] if position + 1 < len(starts) else end
         axes.axvspan(start, stop, color=colours[stage["resolution"]], zorder=-1, linewidth=0)
-        if position and stage.get("learning_rate") != stages[position - 1].get("learning_rate"):
+        falls = stage.get("learning_rate") != stages[position - 1].get("learning_rate")
+        if changes and run.decays_in_steps and position and falls:
             axes.axvline(start, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
-            changes = True
+            marked = True
     handles: list[Line2D | Patch] = [
         Patch(facecolor=colour, edgecolor="#aaaaaa", linewidth=0.5, label=f"{side} px")
         for side, colour in colours.items()
     ]
-    if changes:
+    if marked:
         handles.append(
             Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (4, 3)),
                    label="learning rate changes")

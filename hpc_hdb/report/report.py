@@ -15,7 +15,7 @@ from rich.text import Text
 from dali_pipelines.files import write_whole
 from hpc_hdb.errors import UserError
 from hpc_hdb.report.html import report_page
-from hpc_hdb.report.plots import plot_accuracy, plot_loss
+from hpc_hdb.report.plots import plot_accuracy, plot_loss, plot_rate
 from hpc_hdb.report.runs import Run, load_runs
 from hpc_hdb.report.style import STYLE
 from hpc_hdb.report.tables import (
@@ -32,6 +32,7 @@ from hpc_hdb.report.units import format_count
 _PLOTS = {
     "accuracy": plot_accuracy,
     "loss": plot_loss,
+    "rate": plot_rate,
     "roles": plot_roles,
     "stages": plot_stages,
     "timeline": plot_timeline,

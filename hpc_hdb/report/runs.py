@@ -61,6 +61,11 @@ class Run:
             entered.setdefault(event["stage"], event)
         return [entered[number] for number in sorted(entered)]
 
+    @property
+    def decays_in_steps(self) -> bool:
+        """Whether the learning rate only changes at once, as a stage begins, after any warm-up."""
+        return self.settings.get("schedule.decay", "step") == "step"
+
     @cached_property
     def commit_times(self) -> dict[int, float]:
         """Seconds at which each commit was merged; commit 0 is the model training began with."""
