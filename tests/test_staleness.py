@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import events, succeed
 from programs.runs import PROGRAMS, leads
+from torch import Tensor, nn
 
 from hpc_hdb.cluster.virtual import VirtualCluster
 from hpc_hdb.config import Settings, parse_settings
 from hpc_hdb.run.build import make_evaluator, make_trainer
 from hpc_hdb.run.planning import known_timing, make_plan
-from hpc_hdb.train.checkpoint import load_checkpoint
+from hpc_hdb.train.checkpoint import Checkpoint, load_checkpoint, note_lost_states
 from hpc_hdb.train.data import open_data
 from hpc_hdb.train.server import Interrupted, ParameterServer
 from hpc_hdb.train.worker import run_worker
@@ -25,7 +26,7 @@ SLOWNESS = (1, 1, 6)
 
 
 def settings_for(
-    sync: str, staleness: int = 1, adaptive: bool = False, batch: int = 10
+    sync: str, staleness: int = 1, adaptive: bool = False, batch: int = 10, every: int = 1
 ) -> Settings:
     values = {
         "data": {"source": "synthetic", "synthetic_samples": 60, "synthetic_side": 8},
@@ -38,6 +39,7 @@ def settings_for(
             "commits_per_epoch": 2,
             "adaptive": adaptive,
         },
+        "run": {"checkpoint_every": every},
     }
     return parse_settings(values, "test")
 
@@ -52,6 +54,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+class Killed(Exception):
+    """As a SIGKILL: nothing is written after it."""
+
+
 class Run:
     """One or more lives of a run of three workers; rank 3 is slow."""
 
@@ -62,8 +68,30 @@ class Run:
         self.seconds = 0.0
         self.model = torch.empty(0)
 
-    def live(self, signal_number: Callable[[], int] = lambda: 0) -> None:
-        """Train to the end, or until a signal; then go on."""
+    def live(
+        self,
+        signal_number: Callable[[], int] = lambda: 0,
+        killed_at: int = 0,
+        diverges_in: int = 0,
+    ) -> None:
+        """Train to the end, or until a signal or that commit; then go on.
+
+        Parameters
+        ----------
+        diverges_in : int
+            Step of worker 2 that ends in NaN.
+        """
+        steps = itertools.count(1)
+
+        def spoil(model: nn.Module, inputs: object, scores: Tensor) -> Tensor:
+            return scores * torch.nan if next(steps) == diverges_in else scores
+
+        def emit(name: str, values: dict) -> None:
+            if name == "commit":
+                self.commits.append(values)
+                if values["commit"] == killed_at:
+                    raise Killed
+
         data = open_data(self.settings.data, "train")
         cpu = torch.device("cpu")
         evaluator = make_evaluator(self.settings, cpu, data.classes)
@@ -77,7 +105,7 @@ class Run:
             self.settings,
             evaluator.parameters.flat.clone(),
             evaluator,
-            lambda name, values: self.commits.append(values) if name == "commit" else None,
+            emit,
             self.folder,
             signal_number,
             inline=True,
@@ -88,15 +116,17 @@ class Run:
             assert checkpoint.rounds["commits"] == len(self.commits), "a signal loses nothing"
             server.resume(checkpoint, 0)
         kept = self.settings.run.states_kept
+        trainers = [make_trainer(self.settings, data, cpu) for _ in cluster.workers]
+        trainers[1].model.register_forward_hook(spoil)
         workers = [
             run_worker(
                 link,
-                make_trainer(self.settings, data, cpu),
+                trainer,
                 self.settings.server.synchronous,
                 self.folder,
                 kept,
             )
-            for link in cluster.workers
+            for link, trainer in zip(cluster.workers, trainers, strict=True)
         ]
         self.model = cluster.run(server.run(), workers)
         self.seconds = cluster.time
@@ -135,13 +165,16 @@ def test_ssp_keeps_its_bound_through_a_resume(until: int, tmp_path: Path) -> Non
     assert max(leads(run.commits)) == 1
 
 
-@pytest.mark.parametrize("sync", ["asp", "bsp"])
+@pytest.mark.parametrize(("sync", "every"), [("asp", 1), ("bsp", 1), ("bsp", 7)])
 @pytest.mark.parametrize("questions", range(20, 100, 16))
 def test_a_signal_in_the_middle_of_a_round_is_heard_after_a_step(
-    sync: str, questions: int, tmp_path: Path
+    sync: str, every: int, questions: int, tmp_path: Path
 ) -> None:
-    """Workers ask for it in each step, of which every round has more than one."""
-    run, asked = Run(settings_for(sync, batch=4), tmp_path), itertools.count()
+    """Workers ask for it in each step, of which every round has more than one.
+
+    Where no checkpoint was due, they have kept their states in memory.
+    """
+    run, asked = Run(settings_for(sync, batch=4, every=every), tmp_path), itertools.count()
     with pytest.raises(Interrupted):
         run.live(lambda: 15 if next(asked) >= questions else 0)
     assert next(asked) < questions + 10
@@ -151,6 +184,52 @@ def test_a_signal_in_the_middle_of_a_round_is_heard_after_a_step(
         whole = Run(settings_for(sync, batch=4))
         whole.live()
         assert torch.equal(run.model, whole.model)
+
+
+def forget_unsaved(run: Run, folder: Path) -> Checkpoint:
+    """Leave the commits that the newest checkpoint holds, which is returned."""
+    newest = torch.load(max(folder.glob("[0-9]*.pt")), weights_only=True)
+    checkpoint = load_checkpoint(folder, newest["signature"])
+    del run.commits[checkpoint.rounds["commits"] :]
+    return checkpoint
+
+
+@pytest.mark.parametrize("every", [1, 4, 7])
+@pytest.mark.parametrize("commit", [13, 16, 24])
+@pytest.mark.parametrize("diverges_in", [0, 4])
+def test_each_checkpoint_has_its_states_whenever_a_kill_comes(
+    every: int, commit: int, diverges_in: int, tmp_path: Path
+) -> None:
+    """A round that is refused brings no commit, while those of the others are saved."""
+    run = Run(settings_for("bsp", every=every), tmp_path)
+    with pytest.raises(Killed):
+        run.live(killed_at=commit, diverges_in=diverges_in)
+    checkpoint = forget_unsaved(run, tmp_path)
+    assert 0 <= commit - checkpoint.rounds["commits"] <= every * len(SLOWNESS)
+    lost: list[Path] = []
+    note_lost_states(tmp_path, checkpoint.worker_commits, lambda file, *_: lost.append(file))
+    assert not lost
+    run.live()
+    assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
+    if not diverges_in:
+        whole = Run(settings_for("bsp"))
+        whole.live()
+        assert torch.equal(run.model, whole.model)
+
+
+@pytest.mark.parametrize(
+    ("sync", "every", "written"),
+    [("bsp", 1, [5, 6, 7, 8]), ("bsp", 7, [4, 7, 8]), ("asp", 7, None)],
+)
+def test_states_are_written_only_where_a_checkpoint_may_need_them(
+    sync: str, every: int, written: list[int] | None, tmp_path: Path
+) -> None:
+    """And as the worker leaves, that before the last; in ASP at each commit of any worker."""
+    run = Run(settings_for(sync, every=every), tmp_path)
+    run.live()
+    commits = sum(commit["worker"] == 1 for commit in run.commits)
+    files = sorted(tmp_path.glob("worker-1-*.pt"))
+    assert [int(file.stem[-8:]) for file in files] == (written or [*range(1, commits + 1)])
 
 
 @pytest.mark.parametrize(("sync", "even_epochs"), [("bsp", 1), ("ssp", 2)])
