@@ -231,7 +231,7 @@ class Run(Section):
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads per rank; 0 shares the node's cores (or takes OMP_NUM_THREADS)."""
     checkpoint_every: Positive = 1
-    """Commits of one worker after which a checkpoint is written."""
+    """Commits of one worker that may be unsaved."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept; beside them the best by accuracy is."""
     evaluate_every: Positive = 1

@@ -39,7 +39,7 @@ def test_who_returns_is_as_far_as_the_slowest_of_the_others_and_its_commits_are_
 def test_the_groups_of_a_resumed_run_are_those_of_the_plan_in_force(tmp_path: Path) -> None:
     """One of three small-batch workers is dropped, and as many go on as are left."""
     run = Run(settings_for("asp", small_workers=3, refusals=1), tmp_path)
-    run.live_until(10, slowness=(1, 1, 1, 1), diverging={4: 1})
+    run.live_until(10, slowness=(1, 1, 1, 1), diverging={4: [1]})
     before = len(run.commits)
     run.live(slowness=(1, 1, 1))
     (plan,) = run.named("plan")

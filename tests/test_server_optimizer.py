@@ -311,7 +311,7 @@ def test_recalibration_changes_the_statistics_alone(
 def test_an_average_begins_without_the_worker_that_diverged(tmp_path: Path) -> None:
     """The first reduction is of one worker of two."""
     run = Run(settings_for("bsp", average="ema"), tmp_path)
-    run.live(slowness=(1, 1), diverging={2: 1})
+    run.live(slowness=(1, 1), diverging={2: [1]})
     first, second, *_ = run.commits
     assert [refused["worker"] for refused in run.named("refused")] == [2]
     assert (first["worker"], second["pulled_at"]) == (1, 1)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import events, succeed
-from programs.lives import SLOWNESS, Run, settings_for
+from programs.lives import SLOWNESS, Killed, Run, settings_for
 from programs.runs import PROGRAMS, leads
 
 from hpc_hdb.config_files import parse_settings
+from hpc_hdb.train.checkpoint import Checkpoint, load_checkpoint, note_lost_states
 from hpc_hdb.train.sealed import read_sealed
 from hpc_hdb.train.server import Interrupted
 
@@ -68,13 +69,16 @@ def test_ssp_waits_for_nobody_to_catch_up_after_a_resume(
     assert newest["worker_commits"] == Counter(workers)
 
 
-@pytest.mark.parametrize("sync", ["asp", "bsp"])
+@pytest.mark.parametrize(("sync", "every"), [("asp", 1), ("bsp", 1), ("bsp", 7)])
 @pytest.mark.parametrize("questions", range(20, 100, 16))
 def test_a_signal_in_the_middle_of_a_round_is_heard_after_a_step(
-    sync: str, questions: int, tmp_path: Path
+    sync: str, every: int, questions: int, tmp_path: Path
 ) -> None:
-    """Workers ask for it in each step, of which every round has more than one."""
-    run, asked = Run(settings_for(sync, batch=4), tmp_path), itertools.count()
+    """Workers ask for it in each step, of which every round has more than one.
+
+    Where no checkpoint was due, they have kept their states in memory.
+    """
+    run, asked = Run(settings_for(sync, batch=4, every=every), tmp_path), itertools.count()
     with pytest.raises(Interrupted):
         run.live(lambda: 15 if next(asked) >= questions else 0)
     assert next(asked) < questions + 10
@@ -84,6 +88,52 @@ def test_a_signal_in_the_middle_of_a_round_is_heard_after_a_step(
         whole = Run(settings_for(sync, batch=4))
         whole.live()
         assert torch.equal(run.model, whole.model)
+
+
+def forget_unsaved(run: Run, folder: Path) -> Checkpoint:
+    """Leave the commits that the newest checkpoint holds, which is returned."""
+    newest = read_sealed(max(folder.glob("[0-9]*.pt")))
+    checkpoint = load_checkpoint(folder, newest["signature"])
+    run.events = run.commits[: checkpoint.rounds["commits"]]
+    return checkpoint
+
+
+@pytest.mark.parametrize("every", [1, 4, 7])
+@pytest.mark.parametrize("commit", [13, 16, 24])
+@pytest.mark.parametrize("diverges_in", [0, 4])
+def test_each_checkpoint_has_its_states_whenever_a_kill_comes(
+    every: int, commit: int, diverges_in: int, tmp_path: Path
+) -> None:
+    """A round that is refused brings no commit, while those of the others are saved."""
+    run = Run(settings_for("bsp", every=every), tmp_path)
+    with pytest.raises(Killed):
+        run.live(killed_at=commit, diverging={2: [diverges_in]})
+    checkpoint = forget_unsaved(run, tmp_path)
+    assert 0 <= commit - checkpoint.rounds["commits"] <= every * len(SLOWNESS)
+    lost: list[Path] = []
+    note_lost_states(tmp_path, checkpoint.worker_commits, lambda file, *_: lost.append(file))
+    assert not lost
+    run.live()
+    assert [commit["commit"] for commit in run.commits] == list(range(1, 25))
+    if not diverges_in:
+        whole = Run(settings_for("bsp"))
+        whole.live()
+        assert torch.equal(run.model, whole.model)
+
+
+@pytest.mark.parametrize(
+    ("sync", "every", "written"),
+    [("bsp", 1, [5, 6, 7, 8]), ("bsp", 7, [4, 7, 8]), ("asp", 7, None)],
+)
+def test_states_are_written_only_where_a_checkpoint_may_need_them(
+    sync: str, every: int, written: list[int] | None, tmp_path: Path
+) -> None:
+    """And as the worker leaves, that before the last; in ASP at each commit of any worker."""
+    run = Run(settings_for(sync, every=every), tmp_path)
+    run.live()
+    commits = sum(commit["worker"] == 1 for commit in run.commits)
+    files = sorted(tmp_path.glob("worker-1-*.pt"))
+    assert [int(file.stem[-8:]) for file in files] == (written or [*range(1, commits + 1)])
 
 
 @pytest.mark.parametrize(("sync", "even_epochs"), [("bsp", 1), ("ssp", 2)])

@@ -179,6 +179,7 @@ def test_the_preset_is_ours_at_the_gpu_scale(monkeypatch: pytest.MonkeyPatch) ->
         assert getattr(preset.plan, key) == getattr(studied.plan, key)
     assert preset.schedule.rates() == studied.schedule.rates()
     assert preset.schedule.stages() == studied.schedule.stages()
+    assert preset.run.checkpoint_every == studied.run.checkpoint_every
     assert preset.schedule.scale_with_workers == studied.schedule.scale_with_workers
     for key in ("momentum", "weight_decay", "label_smoothing", "flip", "rotation", "zoom"):
         assert getattr(preset.train, key) == getattr(studied.train, key)

@@ -93,7 +93,8 @@ class Order(_Record):
     """From the server: the next round, or the end.
 
     `begin` and `end` are positions in the epoch's permutation, `commits` the global commit
-    count of the model that comes with the order, `worker_commits` the worker's own.
+    count of the model that comes with the order, `worker_commits` the worker's own. With
+    `keep_state` the worker's state must be in its file before it commits: a checkpoint may follow.
     `weight` is the factor by which the worker scales its model in a reduction (BSP); with
     `regroup` those that take part form their group anew, without ranks that were lost and with
     `newcomers`, replacements of lost workers; such a one has its `position` among them, others -1.
@@ -116,6 +117,7 @@ class Order(_Record):
     next_batch: int = 0
     commits: int = 0
     worker_commits: int = 0
+    keep_state: int = 0
     regroup: int = 0
     newcomers: int = 0
     position: int = -1

@@ -186,7 +186,10 @@ def save_worker_state(folder: Path, rank: int, commits: int, state: dict, kept: 
     folder.mkdir(parents=True, exist_ok=True)
     path = _worker_file(folder, rank, commits)
     write_sealed(path, state | {"file": path.name}, durable=False)
-    _worker_file(folder, rank, commits - kept).unlink(missing_ok=True)
+    oldest = _worker_file(folder, rank, max(0, commits - kept + 1)).name
+    for file in folder.glob(f"worker-{rank}-{_NUMBERED}"):
+        if file.name < oldest:
+            file.unlink(missing_ok=True)
 
 
 def drop_worker_states(folder: Path, worker_commits: Mapping[int, int]) -> None:

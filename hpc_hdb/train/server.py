@@ -120,6 +120,12 @@ class ParameterServer:
             inline,
         )
         self._inline = inline
+        # Workers then write a state only where a checkpoint may need it.
+        self._spares_states = (
+            settings.server.synchronous
+            and settings.train.keep_momentum
+            and not settings.server.replacements
+        )
 
     def resume(
         self, checkpoint: Checkpoint, evaluated: int, best_accuracy: float = -math.inf
@@ -275,9 +281,20 @@ class ParameterServer:
         order = self.work.next_order(crew.group(worker), crew.slot(worker), crew.commits[worker])
         if order is None:
             return False
+        order.keep_state = self._state_may_count()
         crew.note_order(worker, order, self._link.now())
         self._link.order(worker, order)
         return True
+
+    def _state_may_count(self) -> bool:
+        """Whether a round that begins now may be its worker's latest in a checkpoint.
+
+        In BSP all commit together, so that is so where a checkpoint is due then, and in the last
+        rounds, after which some workers have none.
+        """
+        left = self._book.total - self._book.commits
+        last = left < 2 * len(self._crew.active)
+        return not self._spares_states or last or self._snapshots.due_after(1)
 
     def _announce_stage(self) -> None:
         """Log that a stage has begun, once workers have been sent into it."""
@@ -348,10 +365,14 @@ class ParameterServer:
             self._emit("left_out", {"commit": self._book.commits, "file": file})
 
     async def _interrupt(self) -> None:
-        """Save what is merged, then see the workers off."""
-        await self._snapshots.interrupt()
+        """Save what is merged and see the workers off: first, where their states are not written.
+
+        If one of these does not leave, the checkpoint before counts.
+        """
+        complete = not self._spares_states or self._snapshots.due_after(0)
+        await self._snapshots.interrupt(save=complete)
         self._link.interrupt()
-        deadline = self._link.now() + _LEAVE_SECONDS
+        deadline = math.inf if self._inline else self._link.now() + _LEAVE_SECONDS
         while self._crew.present and self._link.now() < deadline:
             self.members.stop(self._crew.waiting)
             item = await self._link.next_report(_POLL_SECONDS)
@@ -365,6 +386,8 @@ class ParameterServer:
             if report.kind == ReportKind.COMMIT and not self._settings.server.synchronous:
                 with contextlib.suppress(WorkerLost):
                     await self._model.drop(worker)
+        if not complete and not self._crew.present:
+            await self._snapshots.interrupt(save=True)
 
 
 def _seconds(report: Report) -> dict[str, float]:

@@ -76,6 +76,7 @@ class Snapshots:
         self._note_left_out = note_left_out
         self._folder = folder
         self.saved = dict(worker_commits)
+        self._begun = dict(worker_commits)
         self._seconds_before = 0.0
         self._next_evaluation = settings.run.evaluate_every
         self._evaluated = -1
@@ -91,6 +92,7 @@ class Snapshots:
         """Go on after `checkpoint`; the rest as in `ParameterServer.resume`."""
         self._best_accuracy = best_accuracy
         self.saved = dict(self._worker_commits)
+        self._begun = dict(self._worker_commits)
         self._seconds_before = checkpoint.seconds
         self._evaluated = evaluated
         self._next_evaluation = self._evaluation_after(self._book.epoch_at(evaluated))
@@ -113,8 +115,13 @@ class Snapshots:
         if self._book.epoch >= self._next_evaluation and not self._evaluations.busy:
             await self._evaluate()
 
+    def due_after(self, commits: int) -> bool:
+        """Whether one is due after that being written once each worker has so many commits more."""
+        unsaved = max(self._worker_commits[worker] - begun for worker, begun in self._begun.items())
+        return (unsaved + commits) * 2 > self._settings.checkpoint_every
+
     async def save_if_due(self) -> None:
-        if max(map(self._unsaved, self.saved)) * 2 > self._settings.checkpoint_every:
+        if self.due_after(0):
             await self._save()
 
     async def make_room(self, worker: int) -> None:
@@ -136,11 +143,11 @@ class Snapshots:
         self._write_best()
         self._wait_for_writer()
 
-    async def interrupt(self) -> None:
-        """Give up the evaluation under way, and save what is merged."""
+    async def interrupt(self, save: bool) -> None:
+        """Give up the evaluation under way, and save what is merged if `save` says so."""
         self._evaluator.cancel()  # on resume it is done again
         self._wait_for_writer()
-        if any(map(self._unsaved, self.saved)):
+        if save and any(map(self._unsaved, self.saved)):
             await self._save()
             self._wait_for_writer()
         self._write_best()
@@ -186,6 +193,7 @@ class Snapshots:
             return
         folder, keep = self._folder, self._settings.keep_checkpoints
         checkpoint = await self._checkpoint()
+        self._begun.update(checkpoint.worker_commits)
 
         def write() -> Path:
             if not checkpoint.finite:

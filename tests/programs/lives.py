@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def settings_for(
     batch: int = 10,
     small_workers: int = 0,
     epochs: int = 4,
+    every: int = 1,
     **server: object,
 ) -> Settings:
     values = {
@@ -39,8 +41,13 @@ def settings_for(
         "plan": {"small_workers": small_workers, "timing": {"8": [1e-3, 1e-3]}},
         "schedule": {"epochs": epochs, "resolutions": [8], "large_batch": [batch]},
         "server": {"sync": sync, "staleness": staleness, "commits_per_epoch": 2} | server,
+        "run": {"checkpoint_every": every},
     }
     return parse_settings(values, "test")
+
+
+class Killed(Exception):
+    """As a SIGKILL: nothing is written after it."""
 
 
 class Run:
@@ -70,7 +77,8 @@ class Run:
         self,
         signal_number: Callable[[], int] = lambda: 0,
         slowness: Sequence[float] = SLOWNESS,
-        diverging: Mapping[int, int] | None = None,
+        diverging: Mapping[int, Collection[int]] | None = None,
+        killed_at: int = 0,
     ) -> None:
         """Train to the end, or until a signal; then go on.
 
@@ -78,9 +86,17 @@ class Run:
         ----------
         slowness : sequence of float
             Of each worker.
-        diverging : mapping of int to int, optional
-            How many steps of a worker begin with images that are not finite.
+        diverging : mapping of int to collection of int, optional
+            Which steps of a worker, counted from 1, begin with images that are not finite.
+        killed_at : int
+            Commit at which `Killed` is raised.
         """
+
+        def emit(name: str, values: dict) -> None:
+            self.events.append({"event": name} | values)
+            if name == "commit" and values["commit"] == killed_at:
+                raise Killed
+
         data = open_data(self.settings.data, "train")
         cpu = torch.device("cpu")
         evaluator = make_evaluator(self.settings, cpu, data.classes)
@@ -95,7 +111,7 @@ class Run:
             self.settings,
             evaluator.parameters.flat.clone(),
             evaluator,
-            lambda name, values: self.events.append({"event": name} | values),
+            emit,
             self.folder,
             signal_number,
             inline=True,
@@ -119,12 +135,12 @@ class Run:
         self.seconds = cluster.time
 
 
-def _spoil(model: nn.Module, steps: int) -> None:
-    """Give the model images that are not finite in so many training steps."""
-    left = iter(range(steps))
+def _spoil(model: nn.Module, steps: Collection[int]) -> None:
+    """Give the model images that are not finite in those of its training steps."""
+    numbers = itertools.count(1)
 
     def spoil(module: nn.Module, images: tuple[Tensor, ...]) -> Any:
-        if module.training and next(left, None) is not None:
+        if module.training and next(numbers) in steps:
             return tuple(image * torch.nan for image in images)
         return None
 
