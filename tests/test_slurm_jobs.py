@@ -72,7 +72,9 @@ class Submitted:
         self.cluster = cluster
         self.run = folder / "run"
         arguments = ["slurm", *words, "--submit", "--output", str(folder / "job.sbatch")]
-        arguments += ["--run", str(self.run), *out(folder)]
+        arguments += out(folder)
+        if "--profile" not in words:
+            arguments += ["--run", str(self.run)]
         with pytest.MonkeyPatch.context() as monkeypatch:
             for name, value in env.items():
                 monkeypatch.setenv(name, value)
