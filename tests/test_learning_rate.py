@@ -251,6 +251,16 @@ def test_a_run_begins_with_what_becomes_of_its_rates_and_of_idle_settings(tmp_pa
     ) in below_table
 
 
+@pytest.mark.parametrize(("workers", "told"), [(8, False), (9, True)])
+def test_a_rate_scaled_further_than_was_measured_is_told(workers: int, told: bool) -> None:
+    words = sets(
+        *("plan.timing={16=[4e-4,2e-3],24=[7e-4,2e-3]}", "plan.small_workers=0"),
+        "schedule.scale_with_workers=linear",
+    )
+    shown = succeed("hdb", "plan", "digits", *words, "--samples", "3000", "--workers", str(workers))
+    assert (f"measured with up to 8 workers, not {workers}: if" in shown) is told
+
+
 @pytest.mark.parametrize("decay_norms", [True, False])
 def test_norms_and_biases_decay_only_if_they_are_to(
     monkeypatch: pytest.MonkeyPatch, decay_norms: bool

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from hpc_hdb.config import Settings
+from hpc_hdb.config import Schedule, Settings
 from hpc_hdb.plan import TrainingPlan
 from hpc_hdb.report.plan_tables import commit_note, rate_note
 
+_MEASURED_WORKERS = 8
 _ONLY_WITH = {
     "schedule.factor": ("schedule.decay", ("step",)),
     "schedule.reference_batch": ("schedule.scale_with_batch", ("linear", "sqrt")),
@@ -27,10 +28,21 @@ def plan_notes(plan: TrainingPlan, settings: Settings) -> list[str]:
     """What becomes of the rates, which batches are cut, and which settings do nothing."""
     notes = (
         rate_note(settings.schedule, plan.shares.workers),
+        _scale_note(settings.schedule, plan.shares.workers),
         commit_note(plan, settings.server.commits_per_epoch),
         *idle_settings(settings),
     )
     return [note for note in notes if note]
+
+
+def _scale_note(schedule: Schedule, workers: int) -> str:
+    """A rate that is scaled further than has been seen to train well; else empty."""
+    if schedule.scale_with_workers != "linear" or workers <= _MEASURED_WORKERS:
+        return ""
+    return (
+        f'schedule.scale_with_workers = "linear" has been measured with up to {_MEASURED_WORKERS} '
+        f'workers, not {workers}: if accuracy stays low at first, set it to "sqrt"'
+    )
 
 
 def idle_settings(settings: Settings) -> Iterator[str]:
