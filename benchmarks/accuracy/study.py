@@ -260,12 +260,8 @@ def main() -> None:
     sheet = Sheet(name, command="accuracy/study")
     sheet.table(*table(runs, study["rows"]))
     sheet.line(f"{study['scales'][options.scale]['about']}. Held out: {options.split} images.")
-    sheet.line(
-        "The workers take turns on one device: time is that of the virtual clock, as if they"
-    )
-    sheet.line(
-        "ran side by side and exchanged models for nothing; that of a round is the device's."
-    )
+    sheet.line("The workers take turns on one device; virtual time is that of their time model,")
+    sheet.line("side by side, in which exchanging models costs nothing.")
     for line in verdicts(runs):
         sheet.line(line)
     if options.save is not None:
