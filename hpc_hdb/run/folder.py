@@ -156,7 +156,7 @@ class RunFolder:
         """
         with _to_be_written(self.path):
             self.write_json("plan.json", _without_rates(plan.to_dict()))
-            self._write("config.toml", settings.to_toml())
+            write_whole(self.path / "config.toml", settings.to_toml().encode())
         self._begun = True
 
     def read_plan(self, settings: Settings) -> TrainingPlan | None:
@@ -196,10 +196,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        self._write(name, json.dumps(values, indent=2) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        write_whole(self.path / name, text.encode())
+        write_whole(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _without_rates(plan: dict[str, Any]) -> dict[str, Any]:
